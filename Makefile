@@ -1,0 +1,45 @@
+# Every target makes its own virtual environment when there is none. Only Python 3.11 and make are assumed.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= runs/demo
+DEMO ?=
+ONLY ?=
+
+.PHONY: demo test check fast-test slow-test bench format lock clean help
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[simulation,bids,dev]'
+	touch $(STAMP)
+
+demo: $(STAMP) ## Three simulated hospitals, phantoms, to a verified release in OUT (default runs/demo)
+	$(BIN)/consilium simulate deploy/studies/demo.yaml --out $(OUT) $(DEMO)
+	$(BIN)/consilium verify $(OUT)/release
+
+test: $(STAMP) ## All tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## Format, lint, strict types, architecture, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: $(STAMP) ## Benchmarks with peers in the same run: build/bench/*.json (ONLY=name for one)
+	$(BIN)/python -m tests.benchmarks $(ONLY)
+
+format: $(STAMP) ## Rewrite the code in our format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: ## Write constraints.txt from this environment (after a deliberate upgrade, from a fresh one)
+	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean: ## Remove the virtual environment and what was built
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache

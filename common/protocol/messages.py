@@ -1,0 +1,192 @@
+"""What the coordinator asks and what a site answers. Frozen; no Flower here, no string keys.
+
+Everything a reply holds is public by construction: generator weights trained under a plan,
+public facts, or an answer that was paid for in the site's ledger. Turned into Flower records
+in `codec.py`; checked against `manifest.py` before it leaves a site.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from common.generator.weights import Weights
+from common.privacy.mechanism import Mechanism, Plan
+
+PROTOCOL_VERSION = 1
+
+
+class RefusalCode(StrEnum):
+    """All that a site says when it does not do what was asked: a code, never a text or a path."""
+
+    POLICY = "policy"  # the site's policy does not allow it
+    BUDGET = "budget"  # the ledger would exceed its cap
+    COHORT = "cohort"  # too few usable patients
+    STALE = "stale"  # other study, protocol, code or an old round
+    DIGEST = "digest"  # weights are not what their digest says, or not a generator this site co-trained
+    PAUSED = "paused"  # the site paused itself
+    INTERNAL = "internal"  # anything else; the reason is in the site's own log
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EnrolOrder:
+    """Join a study: the whole study, so that the site can check its policy and draw its hold-out.
+
+    study_json: canonical JSON of the study; study_digest: its SHA-256.
+    public_critic: critic trained on phantoms or public data only, the start of the site's own critic.
+    generator_digests: digests of public generators (warm start) that later orders may refer to.
+    """
+
+    study_json: str
+    study_digest: str
+    public_critic: Weights | None
+    public_generator: Weights
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainOrder:
+    """Train one round on the site's members under `plan`."""
+
+    study_digest: str
+    round: int
+    weights: Weights
+    weights_digest: str
+    plan: Plan
+    deadline_s: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoreOrder:
+    """Score members and non-members against `volumes` synthetic volumes that the site draws itself.
+
+    weights_digest: a generator that this site co-trained; reference_digest: the public start,
+    whose synthetic volumes calibrate away how typical a patient is.
+    audit_plan_digest: SHA-256 of the plan fixed before looking.
+    seed: latent seed of the candidate volumes.
+    """
+
+    study_digest: str
+    weights: Weights
+    weights_digest: str
+    reference_digest: str
+    audit_plan_json: str
+    audit_plan_digest: str
+    seed: int
+    volumes: int
+
+
+class SegmenterSource(StrEnum):
+    """What a segmenter was trained on."""
+
+    SYNTHETIC = "synthetic"
+    PHANTOM = "phantom"
+    REAL = "real"  # the site's own members; exact answer, research simulation only
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UtilityOrder:
+    """Dice of a segmenter on the site's held-out patients.
+
+    segmenter: weights for SYNTHETIC and PHANTOM; None for REAL, which the site trains itself.
+    """
+
+    study_digest: str
+    source: SegmenterSource
+    segmenter: Weights | None
+    training_steps: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatementOrder:
+    """State what this study has spent at the site."""
+
+    study_digest: str
+
+
+Order = EnrolOrder | TrainOrder | ScoreOrder | UtilityOrder | StatementOrder
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnrolReply:
+    """The site joins. Only public facts.
+
+    holdout_commitment: salted Merkle root over (patient, member or non-member), drawn before training.
+    simulated: true when the site's randomness is seeded; every artefact must then say so.
+    """
+
+    study_digest: str
+    holdout_commitment: str
+    policy_digest: str
+    code_digest: str
+    simulated: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainReply:
+    """The round's generator, post-processing of the noised critic."""
+
+    study_digest: str
+    round: int
+    weights: Weights
+    weights_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisedHistogram:
+    """Noised counts of one patient group on the audit plan's fixed grid.
+
+    endpoint: name of the score; group: `member_a`, `member_b`, `nonmember`, `planted`, `unplanted`.
+    counts: one integer a bin, noise included, may be negative. epsilon: what this answer cost.
+    """
+
+    endpoint: str
+    group: str
+    counts: tuple[int, ...]
+    epsilon: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreReply:
+    """Noised histograms; scores of single patients never leave."""
+
+    study_digest: str
+    weights_digest: str
+    audit_plan_digest: str
+    histograms: tuple[NoisedHistogram, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UtilityReply:
+    """Summed Dice and number of patients, each noised, for the held-out patients of one site.
+
+    dice_sum: per foreground label; patients: noised count. exact: no noise (research simulation).
+    epsilon: what the whole answer cost non-members; None when exact, because no epsilon is finite then.
+    """
+
+    study_digest: str
+    source: SegmenterSource
+    dice_sum: tuple[float, ...]
+    patients: float
+    exact: bool
+    epsilon: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatementReply:
+    """Mechanisms in the site's ledger for this study, by cohort, and the ledger's head hash."""
+
+    study_digest: str
+    members: tuple[Mechanism, ...]
+    nonmembers: tuple[Mechanism, ...]
+    ledger_head: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefusalReply:
+    """A fixed code. Anything that is not allowed to leave becomes one of these."""
+
+    code: RefusalCode
+
+
+Reply = EnrolReply | TrainReply | ScoreReply | UtilityReply | StatementReply | RefusalReply

@@ -1,0 +1,196 @@
+"""A study: one federated campaign, as its YAML file states it. Everything here is public."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from common.volume.volume import Grid
+
+
+class Settings(BaseModel):
+    """Frozen; an unknown key, a wrong type or a bad range is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Probability = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Family(StrEnum):
+    """Generator families."""
+
+    WGAN = "wgan"
+
+
+class PhantomKind(StrEnum):
+    """Procedural anatomy."""
+
+    VESSELS = "vessels"
+    HIPPOCAMPUS = "hippocampus"
+
+
+class GridSettings(Settings):
+    """The voxel grid every scan is brought to."""
+
+    shape: tuple[int, int, int] = Field(strict=False)
+    spacing_mm: tuple[Positive, Positive, Positive] = Field(strict=False)
+
+    def as_grid(self) -> Grid:
+        """The grid as geometry."""
+        return Grid(shape=self.shape, spacing_mm=self.spacing_mm)
+
+
+class IntensitySettings(Settings):
+    """How grey values become [-1, 1]; never from more than one scan.
+
+    window: `low`..`high` in the scan's own unit is mapped linearly and clamped.
+    robust: the scan's own percentiles `low`..`high` (in percent) are mapped and clamped.
+    """
+
+    kind: Literal["window", "robust"]
+    low: float
+    high: float
+
+    @model_validator(mode="after")
+    def _ordered(self) -> IntensitySettings:
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        if self.kind == "robust" and not (self.low >= 0 and self.high <= 100):
+            raise ValueError("robust scaling takes percentiles between 0 and 100")
+        return self
+
+
+class PrivacySettings(Settings):
+    """Target and public constants of the plan. The unit is the patient.
+
+    target_epsilon: budget of training for each patient; null trains without privacy (research
+    simulation only, never released). reference_patients: public, rounded size of a site's training
+    cohort; fixes the divisor. epsilon_cap: what a site's ledger may reach for one cohort, everything included.
+    """
+
+    target_epsilon: Positive | None
+    delta: Annotated[float, Field(gt=0, lt=0.1)]
+    sampling_probability: Probability
+    reference_patients: Annotated[int, Field(ge=1)]
+    clip_norm: Positive = 1.0
+    epsilon_cap: Positive
+
+
+class Loss(StrEnum):
+    """Adversarial losses."""
+
+    WASSERSTEIN = "wasserstein"
+    HINGE = "hinge"
+    NONSATURATING = "nonsaturating"
+
+
+class Lipschitz(StrEnum):
+    """How the critic's slope is bounded without touching private data."""
+
+    PROJECTION = "projection"  # singular values of each layer capped at one after the noised step
+    CLAMP = "clamp"  # weights clamped to +-0.01 (paper mode)
+    FAKE_PENALTY = "fake_penalty"  # gradient penalty on fake-fake interpolates only
+    NONE = "none"
+
+
+class TrainingSettings(Settings):
+    """The adversarial game. `mode: paper` is the published DP-WGAN: clamp and RMSprop, critic as given."""
+
+    mode: Literal["platform", "paper"] = "platform"
+    rounds: Annotated[int, Field(ge=1)]
+    critic_steps_per_round: Annotated[int, Field(ge=1)]
+    critic_steps_per_generator_step: Annotated[int, Field(ge=1)] = 4
+    views_per_patient: Annotated[int, Field(ge=1)] = 1
+    fake_batch: Annotated[int, Field(ge=1)] = 16
+    loss: Loss = Field(default=Loss.WASSERSTEIN, strict=False)
+    lipschitz: Lipschitz = Field(default=Lipschitz.PROJECTION, strict=False)
+    critic_learning_rate: Positive = 5e-4
+    generator_learning_rate: Positive = 2e-4
+    latent_size: Annotated[int, Field(ge=4)] = 64
+    generator_width: Annotated[int, Field(ge=4)] = 64
+    critic_width: Annotated[int, Field(ge=2)] = 8
+    generator_ema: Annotated[float, Field(ge=0, lt=1)] = 0.98
+
+
+class WarmStartSettings(Settings):
+    """Public start of generator and critic: trained on phantoms only, costs no privacy."""
+
+    phantom: PhantomKind = Field(strict=False)
+    volumes: Annotated[int, Field(ge=16)] = 512
+    steps: Annotated[int, Field(ge=0)] = 300
+    batch: Annotated[int, Field(ge=2)] = 16
+
+
+class FederationSettings(Settings):
+    """Who must answer. Weights of sites are public and equal unless stated."""
+
+    quorum: Annotated[int, Field(ge=1)] = 2
+    deadline_s: Positive = 3600.0
+    server_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    minimum_patients: Annotated[int, Field(ge=2)] = 20
+
+
+class AuditSettings(Settings):
+    """The audit's plan: fixed and hashed before any score exists.
+
+    holdout_fraction: chance that a patient is held out, drawn per patient before training.
+    epsilon_per_answer: pure epsilon of each noised histogram that leaves a site.
+    false_positive_rate: where the true-positive rate is read; 0.01 unless a study states coarser.
+    """
+
+    holdout_fraction: Annotated[float, Field(ge=0.1, le=0.5)] = 0.35
+    volumes: Annotated[int, Field(ge=16)] = 1000
+    epsilon_per_answer: Positive = 1.0
+    false_positive_rate: Annotated[float, Field(gt=0, le=0.2)] = 0.01
+    confidence: Annotated[float, Field(ge=0.8, lt=1)] = 0.95
+    planted_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+
+
+class ReleaseSettings(Settings):
+    """Thresholds of the data-protection officer; defaults follow docs/decisions.
+
+    An upper bound above its threshold is a REJECT only when the lower bound is above it too;
+    otherwise the audit could not tell, and the outcome is INCONCLUSIVE.
+    """
+
+    volumes: Annotated[int, Field(ge=1)] = 50
+    max_auc: Annotated[float, Field(gt=0.5, le=1)] = 0.60
+    max_auc_site: Annotated[float, Field(gt=0.5, le=1)] = 0.70
+    max_tpr: Annotated[float, Field(gt=0, le=1)] = 0.06
+    max_detectable_copies: Annotated[float, Field(gt=0, le=1)] = 0.05
+    valid_days: Annotated[int, Field(ge=1)] = 365
+    licence: str = "CC-BY-4.0"
+
+
+class UtilitySettings(Settings):
+    """Train on synthetic, test on held-out real patients, in a simulated run.
+
+    epsilon_per_answer: pure epsilon that each answer costs held-out patients.
+    """
+
+    training_steps: Annotated[int, Field(ge=0)] = 150
+    volumes: Annotated[int, Field(ge=8)] = 256
+    epsilon_per_answer: Positive = 1.0
+
+
+class Study(Settings):
+    """One federated campaign."""
+
+    study: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    purpose: Annotated[str, Field(min_length=10)]
+    family: Family = Field(strict=False)
+    modality: Annotated[str, Field(pattern=r"^[A-Za-z0-9]+$")]
+    labels: dict[int, Annotated[str, Field(pattern=r"^[A-Za-z0-9]+$")]] = Field(strict=False)
+    grid: GridSettings
+    intensity: IntensitySettings
+    privacy: PrivacySettings
+    training: TrainingSettings
+    warm_start: WarmStartSettings
+    federation: FederationSettings = FederationSettings()
+    audit: AuditSettings = AuditSettings()
+    release: ReleaseSettings = ReleaseSettings()
+    utility: UtilitySettings = UtilitySettings()
