@@ -1,0 +1,299 @@
+"""From a hospital's folder to prepared patients, with a report on every file that was refused.
+
+(1) find the pairs, and of a simulated split only this site's part
+(2) read image and label, refuse what cannot be read or trusted
+(3) prepare the pair on the study's grid
+(4) refuse scans that lie under two patients: all copies, for nobody can know whose they are
+(5) stack what is left by patient
+
+The report names files and stays at the hospital.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import DataError
+from common.settings.study import Study
+from common.telemetry.events import Observer, Progress, ignore
+from common.volume.layouts import Layout, Reason, Refused, ScanPair, find_pairs
+from common.volume.nifti import NoOrientation, NotThreeDimensional, read_nifti
+from common.volume.prepare import orientation, prepare, to_ras
+from common.volume.volume import Grid, Volume
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsedScan:
+    """A scan that became training data, and what a reader should check about it.
+
+    orientation: where its voxel axes ran in the file. label_on_grid: share of its labelled volume that
+    lies on the study's grid; far below one means that the grid cuts the structure off.
+    """
+
+    patient: str
+    scan: str
+    image: str
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    orientation: str
+    label_on_grid: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefusedScan:
+    """A file that was not used; path relative to the folder."""
+
+    path: str
+    reason: Reason
+    patient: str | None
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestReport:
+    """What became of every file. Holds patient ids and file names: it never leaves the hospital."""
+
+    folder: str
+    layout: Layout
+    used: tuple[UsedScan, ...]
+    refused: tuple[RefusedScan, ...]
+
+    @property
+    def patients(self) -> int:
+        """Patients with at least one usable scan."""
+        return len({scan.patient for scan in self.used})
+
+    def to_json(self) -> str:
+        """The report as indented JSON."""
+        return json.dumps({"patients": self.patients, **asdict(self)}, indent=2, ensure_ascii=False, allow_nan=False)
+
+    def to_text(self) -> str:
+        """The report for a terminal: counts first, then one line for every refused file."""
+        lines = [
+            f"{self.folder} ({self.layout.value})",
+            f"used     {len(self.used)} scans of {self.patients} patients",
+            f"refused  {len(self.refused)} files",
+        ]
+        lines += [f"  {count:4d}  {reason}" for reason, count in self.reasons().most_common()]
+        lines += ["stored orientation  " + _counts(Counter(scan.orientation for scan in self.used))]
+        lines += ["voxel size in mm    " + _counts(Counter(_spacing(scan) for scan in self.used))]
+        cut = [scan for scan in self.used if scan.label_on_grid < _CUT_OFF]
+        if cut:
+            least = min(scan.label_on_grid for scan in cut)
+            lines.append(f"warning: the grid cuts off labelled volume in {len(cut)} scans (least kept: {least:.0%})")
+        lines += [f"refused  {scan.path}: {scan.reason.value}{_tail(scan.detail)}" for scan in self.refused]
+        return "\n".join(lines) + "\n"
+
+    def reasons(self) -> Counter[str]:
+        """Refused files by reason."""
+        return Counter(scan.reason.value for scan in self.refused)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ingested:
+    """Prepared patients in sorted order: (scans, 1+K, D, H, W) float16 each; and the report."""
+
+    patients: dict[str, NDArray[np.float16]]
+    report: IngestReport
+
+
+_CUT_OFF = 0.95  # resampling alone moves the labelled volume by a few percent
+
+
+def ingest(folder: Path, study: Study, *, part: tuple[int, int] | None = None, observer: Observer = ignore) -> Ingested:
+    """Read, check and prepare every scan of a folder; nothing is written.
+
+    part: (index, parts) keeps the patients that `in_part` gives to one of several simulated sites. Scans
+    are compared for duplicates only within the part: hospitals cannot do more.
+    Raises DataError when the folder is in no known spelling or no patient is usable; the text counts the reasons.
+    """
+    if part is not None and not 0 <= part[0] < part[1]:
+        raise ValueError(f"part is (index, parts) with 0 <= index < parts, got {part}")
+    # (1) find the pairs of this part
+    found = find_pairs(folder, suffix=study.modality)
+    mine = [pair for pair in found.pairs if in_part(pair.patient, part)]
+    refused = [entry for entry in found.refused if entry.patient is None or in_part(entry.patient, part)]
+    # (2) read, (3) prepare
+    candidates: list[_Candidate] = []
+    sightings: dict[bytes, set[str]] = defaultdict(set)
+    for done, pair in enumerate(mine, start=1):
+        try:
+            candidates.append(_read(pair, study, sightings))
+        except _NotUsedError as problem:
+            refused.append(
+                Refused(path=problem.path, reason=problem.reason, patient=pair.patient, detail=problem.detail)
+            )
+        observer(Progress(task="ingest", done=done, total=len(mine)))
+    # (4) copies under two patients
+    unique, copies = _without_duplicates(candidates, sightings)
+    report = IngestReport(
+        folder=str(folder),
+        layout=found.layout,
+        used=tuple(candidate.used for candidate in unique),
+        refused=tuple(_relative(entry, folder) for entry in sorted([*refused, *copies], key=lambda e: str(e.path))),
+    )
+    if not unique:
+        reasons = _counts(report.reasons()) or "no pair was found"
+        raise DataError(f"no usable patient in {folder}: {reasons}; nothing was prepared")
+    # (5) stack by patient
+    scans: dict[str, list[NDArray[np.float16]]] = defaultdict(list)
+    for candidate in unique:
+        scans[candidate.used.patient].append(candidate.pair)
+    return Ingested(patients={patient: _stacked(scans[patient]) for patient in sorted(scans)}, report=report)
+
+
+def _stacked(pairs: list[NDArray[np.float16]]) -> NDArray[np.float16]:
+    """(scans, 1+K, D, H, W); a single scan is not copied, or a large cohort would need its memory twice."""
+    return pairs[0][np.newaxis] if len(pairs) == 1 else np.stack(pairs)
+
+
+def in_part(patient: str, part: tuple[int, int] | None) -> bool:
+    """Whether a patient belongs to this simulated site: a fixed function of the id, not of the folder's order.
+
+    The hash has a domain of its own. A plain sha256(id) is how others split data too, and a folder that is one
+    half of such a split would leave every second site empty.
+    """
+    if part is None:
+        return True
+    index, parts = part
+    digest = hashlib.sha256(b"consilium site part\0" + patient.encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest, "big") % parts == index
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Candidate:
+    """A pair that passed every check of its own. prints: hashes under which a copy of it would be found."""
+
+    source: ScanPair
+    used: UsedScan
+    pair: NDArray[np.float16]
+    prints: tuple[bytes, ...]
+
+
+class _NotUsedError(Exception):
+    """Ends the reading of one pair; becomes a line of the report."""
+
+    def __init__(self, path: Path, reason: Reason, detail: str = "") -> None:
+        super().__init__(reason.value)
+        self.path, self.reason, self.detail = path, reason, detail
+
+
+def _read(pair: ScanPair, study: Study, sightings: dict[bytes, set[str]]) -> _Candidate:
+    """The prepared pair; raises _NotUsedError. A readable image is sighted even when its label is refused."""
+    image = _open(pair.image)
+    if not np.isfinite(image.voxels).all():
+        raise _NotUsedError(pair.image, Reason.NOT_FINITE)
+    if image.voxels.min() == image.voxels.max():
+        raise _NotUsedError(pair.image, Reason.CONSTANT_IMAGE)
+    stored = _print("voxels", to_ras(image).voxels.astype(np.float32))
+    sightings[stored].add(pair.patient)
+    label = _open(pair.label)
+    _check_label(pair.label, image, label, study)
+    grid = Grid(shape=study.grid.shape, spacing_mm=study.grid.spacing_mm)
+    try:
+        prepared = prepare(image, label, labels=study.labels, grid=grid, intensity=study.intensity).astype(np.float16)
+    except DataError as flat:
+        raise _NotUsedError(pair.image, Reason.CONSTANT_IMAGE, "within the study's grid and intensity range") from flat
+    # The same scan saved in another orientation, type or scale differs in its file but not on the grid.
+    shown = _print("prepared", prepared[0])
+    sightings[shown].add(pair.patient)
+    kept = float(prepared[1:].sum(dtype=np.float64) * np.prod(grid.spacing_mm) / _labelled_mm3(label))
+    if kept == 0:
+        raise _NotUsedError(pair.label, Reason.EMPTY_LABEL, "all labelled voxels lie outside the grid")
+    used = UsedScan(
+        patient=pair.patient,
+        scan=pair.scan,
+        image=pair.image.name,
+        shape=image.shape,
+        spacing_mm=image.spacing_mm,
+        orientation=orientation(image),
+        label_on_grid=min(kept, 1.0),
+    )
+    return _Candidate(source=pair, used=used, pair=prepared, prints=(stored, shown))
+
+
+def _open(path: Path) -> Volume:
+    try:
+        return read_nifti(path)
+    except NotThreeDimensional as problem:
+        raise _NotUsedError(path, Reason.NOT_THREE_DIMENSIONAL, str(problem)) from problem
+    except NoOrientation as problem:
+        raise _NotUsedError(path, Reason.NO_ORIENTATION, str(problem)) from problem
+    except DataError as problem:
+        raise _NotUsedError(path, Reason.UNREADABLE, str(problem)) from problem
+
+
+def _check_label(path: Path, image: Volume, label: Volume, study: Study) -> None:
+    """Refuse a label map that cannot be used with this image."""
+    if not image.same_geometry(label):
+        detail = f"{image.shape} against {label.shape} voxels" if image.shape != label.shape else "affines differ"
+        raise _NotUsedError(path, Reason.GEOMETRY, detail)
+    if not np.isfinite(label.voxels).all():
+        raise _NotUsedError(path, Reason.NOT_FINITE)
+    values = set(np.unique(label.voxels).tolist())
+    unnamed = sorted(values - {0, *study.labels})
+    if unnamed:
+        shown = ", ".join(f"{value:g}" for value in unnamed[:_SHOWN]) + (", ..." if len(unnamed) > _SHOWN else "")
+        raise _NotUsedError(path, Reason.UNEXPECTED_LABEL, f"values {shown}")
+    if not values - {0}:
+        raise _NotUsedError(path, Reason.EMPTY_LABEL)
+
+
+_SHOWN = 5
+
+
+def _labelled_mm3(label: Volume) -> float:
+    return float(np.count_nonzero(label.voxels) * abs(np.linalg.det(label.affine[:3, :3])))
+
+
+def _print(domain: str, voxels: NDArray[np.floating]) -> bytes:
+    """Hash of shape and values. Adding zero turns -0.0 into 0.0, which compare equal and must hash alike."""
+    h = hashlib.sha256(f"{domain}\0{voxels.shape}\0".encode())
+    h.update(np.ascontiguousarray(voxels + voxels.dtype.type(0)).data.cast("B"))
+    return h.digest()
+
+
+def _without_duplicates(
+    candidates: list[_Candidate], sightings: dict[bytes, set[str]]
+) -> tuple[list[_Candidate], list[Refused]]:
+    """Candidates that are one patient's alone, each once. Of copies within one patient the first is kept."""
+    unique: list[_Candidate] = []
+    refused: list[Refused] = []
+    kept: set[bytes] = set()
+    for candidate in candidates:
+        patients = set().union(*(sightings[p] for p in candidate.prints))
+        if len(patients) > 1:
+            reason, detail = Reason.DUPLICATE_ACROSS_PATIENTS, "patients " + ", ".join(sorted(patients))
+        elif kept.intersection(candidate.prints):
+            reason, detail = Reason.DUPLICATE_WITHIN_PATIENT, ""
+        else:
+            kept.update(candidate.prints)
+            unique.append(candidate)
+            continue
+        source = candidate.source
+        refused.append(Refused(path=source.image, reason=reason, patient=source.patient, detail=detail))
+    return unique, refused
+
+
+def _relative(entry: Refused, folder: Path) -> RefusedScan:
+    path = entry.path.relative_to(folder).as_posix().encode(errors="replace").decode()
+    return RefusedScan(path=path, reason=entry.reason, patient=entry.patient, detail=entry.detail)
+
+
+def _spacing(scan: UsedScan) -> str:
+    return " x ".join(f"{mm:.3g}" for mm in scan.spacing_mm)
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counter.most_common())
+
+
+def _tail(detail: str) -> str:
+    return f" ({detail})" if detail else ""
