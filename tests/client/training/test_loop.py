@@ -1,0 +1,187 @@
+"""A round of the game: what is drawn, what is noised, what is kept, and that it can be repeated bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from client.cohort import Cohort, commit_split
+from client.randomness import SecureStream
+from client.training.loop import gather_views, train_round
+from client.training.state import GameState
+from common.errors import IntegrityError
+from common.generator.network import build_generator, weights_of
+from common.privacy.mechanism import DpSgd, Plan
+from common.settings.study import Lipschitz, Study
+from common.telemetry.events import Event, ignore
+
+
+def tiny_study(**training: object) -> Study:
+    return Study.model_validate(
+        {
+            "study": "tiny",
+            "purpose": "Exercise one round of training.",
+            "family": "wgan",
+            "modality": "angio",
+            "labels": {1: "vessel"},
+            "grid": {"shape": [16, 16, 16], "spacing_mm": [2.0, 2.0, 2.0]},
+            "intensity": {"kind": "robust", "low": 1.0, "high": 99.0},
+            "privacy": {
+                "target_epsilon": 8.0,
+                "delta": 1e-3,
+                "sampling_probability": 0.5,
+                "reference_patients": 10,
+                "epsilon_cap": 20.0,
+            },
+            "training": {
+                "rounds": 2,
+                "critic_steps_per_round": 3,
+                "critic_steps_per_generator_step": 1,
+                "latent_size": 8,
+                "generator_width": 8,
+                "critic_width": 2,
+                "fake_batch": 4,
+                **training,
+            },
+            "warm_start": {"phantom": "vessels", "volumes": 16, "steps": 0},
+        }
+    )
+
+
+def plan(noise_multiplier: float = 1.0, probability: float = 0.5) -> Plan:
+    return Plan(
+        mechanism=DpSgd(noise_multiplier=noise_multiplier, sampling_probability=probability, steps=6),
+        clip_norm=1.0,
+        divisor=5.0,
+        steps_per_round=3,
+        rounds=2,
+        target_epsilon=8.0 if noise_multiplier else None,
+        delta=1e-3,
+    )
+
+
+def tiny_cohort(members: int = 6, seed: int = 0) -> Cohort:
+    rng = np.random.default_rng(seed)
+    names = [f"p{i:02d}" for i in range(members + 2)]
+    patients = {n: rng.uniform(-1, 1, (1 + i % 2, 2, 16, 16, 16)).astype(np.float16) for i, n in enumerate(names)}
+    split = commit_split(names[:members], names[members:], SecureStream.from_seed(seed, "salt"))
+    return Cohort.from_patients(patients, split)
+
+
+def one_round(study: Study, the_plan: Plan, cohort: Cohort, key: int = 3) -> tuple[dict[str, torch.Tensor], str]:
+    weights, state = train_round(
+        study=study,
+        plan=the_plan,
+        weights=weights_of(build_generator(study)),
+        state=GameState.start(study, None),
+        cohort=cohort,
+        stream=SecureStream.from_seed(key, "round", 1),
+        observer=ignore,
+    )
+    return state.tensors(), weights.digest
+
+
+def critic_vector(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([t.flatten() for n, t in sorted(tensors.items()) if n.startswith("critic.")])
+
+
+def test_the_same_key_repeats_a_round_bit_for_bit_and_another_does_not() -> None:
+    study, cohort = tiny_study(), tiny_cohort()
+    first, again, other = (one_round(study, plan(), cohort, key) for key in (3, 3, 4))
+    assert first[1] == again[1]
+    assert all(torch.equal(first[0][n], again[0][n]) for n in first[0])
+    assert first[1] != other[1]
+
+
+def test_a_restored_state_continues_exactly_where_it_stopped() -> None:
+    study, cohort = tiny_study(), tiny_cohort()
+    weights, state = train_round(
+        study=study, plan=plan(), weights=weights_of(build_generator(study)), state=GameState.start(study, None),
+        cohort=cohort, stream=SecureStream.from_seed(1), observer=ignore,
+    )  # fmt: skip
+    kept = state.tensors()
+    second = [
+        train_round(
+            study=study, plan=plan(), weights=weights, state=GameState.restore(study, kept),
+            cohort=cohort, stream=SecureStream.from_seed(2), observer=ignore,
+        )[0].digest
+        for _ in range(2)
+    ]  # fmt: skip
+    straight = train_round(
+        study=study, plan=plan(), weights=weights, state=state,
+        cohort=cohort, stream=SecureStream.from_seed(2), observer=ignore,
+    )[0].digest  # fmt: skip
+    assert second == [straight, straight]
+
+
+def test_the_planned_noise_reaches_the_critic() -> None:
+    """The mutant without noise gives the critic that this test compares with."""
+    study, cohort = tiny_study(), tiny_cohort()
+    noised = critic_vector(one_round(study, plan(5.0), cohort)[0])
+    quiet = critic_vector(one_round(study, plan(0.0), cohort)[0])
+    assert not torch.allclose(noised, quiet, atol=1e-4)
+
+
+def test_patients_reach_the_generator_only_through_the_noised_gradient() -> None:
+    """With nobody drawn, two different cohorts leave the same critic and the same generator."""
+    study = tiny_study()
+    never = dataclasses.replace(plan(), mechanism=DpSgd(noise_multiplier=1.0, sampling_probability=1e-12, steps=6))
+    assert one_round(study, never, tiny_cohort(seed=0))[1] == one_round(study, never, tiny_cohort(seed=1))[1]
+
+
+def test_every_critic_step_draws_its_own_patients() -> None:
+    cohort, stream = tiny_cohort(members=40), SecureStream.from_seed(0, "draw")
+    draws = [tuple(cohort.draw(stream, 0.5)) for _ in range(4)]
+    assert len(set(draws)) == 4
+
+
+def test_held_out_patients_are_never_gathered() -> None:
+    cohort = tiny_cohort()
+    drawn = cohort.draw(SecureStream.from_seed(0), 1.0)
+    assert sorted(drawn) == sorted(cohort.members)
+    assert not set(drawn) & set(cohort.nonmembers)
+
+
+def test_views_are_scans_of_the_patient_and_the_first_is_unmoved() -> None:
+    cohort = tiny_cohort()
+    views = gather_views(cohort, ["p00"], 3, SecureStream.from_seed(0))
+    assert views.shape == (1, 3, 2, 16, 16, 16)
+    assert torch.equal(views[0, 0], torch.from_numpy(cohort.scans("p00")[0].astype(np.float32)))
+
+
+@pytest.mark.parametrize("control", list(Lipschitz))
+def test_every_lipschitz_control_keeps_its_bound(control: Lipschitz) -> None:
+    study = tiny_study(lipschitz=control)
+    tensors = one_round(study, plan(), tiny_cohort())[0]
+    matrices = [t.flatten(1) for n, t in tensors.items() if n.startswith("critic.") and t.ndim > 1]
+    assert critic_vector(tensors).isfinite().all()
+    if control is Lipschitz.PROJECTION:
+        assert max(torch.linalg.matrix_norm(m, 2).item() for m in matrices) <= 1 + 1e-5
+    if control is Lipschitz.CLAMP:
+        assert critic_vector(tensors).abs().max() <= 0.01 + 1e-7
+
+
+def test_paper_mode_uses_rmsprop_and_still_a_fresh_draw_each_step() -> None:
+    study = tiny_study(mode="paper", lipschitz="clamp")
+    state = GameState.start(study, None)
+    assert type(state.critic_optimiser).__name__ == "RMSprop"
+    assert one_round(study, plan(), tiny_cohort())[1]
+
+
+def test_progress_counts_critic_steps_and_nothing_else() -> None:
+    seen: list[Event] = []
+    study = tiny_study()
+    train_round(
+        study=study, plan=plan(), weights=weights_of(build_generator(study)), state=GameState.start(study, None),
+        cohort=tiny_cohort(), stream=SecureStream.from_seed(1), observer=seen.append, task="round 1",
+    )  # fmt: skip
+    assert [(e.task, e.done, e.total) for e in seen] == [("round 1", i, 3) for i in (1, 2, 3)]  # type: ignore[union-attr]
+
+
+def test_another_studys_critic_is_refused() -> None:
+    kept = GameState.start(tiny_study(), None).tensors()
+    with pytest.raises(IntegrityError, match="does not fit this study"):
+        GameState.restore(tiny_study(critic_width=4), kept)
