@@ -1,0 +1,94 @@
+"""Phantoms as scans or as prepared pairs: seeded, labelled, a different individual every time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import assert_never
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.phantom.hippocampus import hippocampus
+from common.phantom.scanner import Anatomy, Scanner
+from common.phantom.vessels import vessels
+from common.settings.study import IntensitySettings, PhantomKind
+from common.volume.prepare import prepare
+from common.volume.volume import Grid, Volume
+
+_T1_SPACING_MM = 1.0  # what structural T1 scans are acquired with nearly everywhere
+
+
+def patient_rng(kind: PhantomKind, seed: int, site: int, patient: int) -> np.random.Generator:
+    """The randomness of one individual. The site is part of it: two sites never share a patient.
+
+    seed, site, patient: not negative.
+    """
+    return np.random.default_rng([seed, site, patient, list(PhantomKind).index(kind)])
+
+
+def draw(kind: PhantomKind, rng: np.random.Generator, scanner: Scanner, grid: Grid) -> tuple[Volume, Volume]:
+    """One scan of a new individual: image float32 in arbitrary scanner units, label uint8.
+
+    Voxels have the grid's spacing, the field of view is at most the grid's.
+    Labels: vessels {1}; hippocampus {1: anterior, 2: posterior}.
+    """
+    return draw_sessions(kind, rng, scanner, grid, sessions=1)[0]
+
+
+def draw_sessions(
+    kind: PhantomKind, rng: np.random.Generator, scanner: Scanner, grid: Grid, *, sessions: int
+) -> list[tuple[Volume, Volume]]:
+    """Several scans of one new individual on the same scanner; the first is what `draw` gives."""
+    anatomy = _anatomy(kind, rng, grid)
+    return [scanner.acquire(anatomy, rng) for _ in range(sessions)]
+
+
+def draw_pairs(  # noqa: PLR0917  one reading order for seven plain facts
+    kind: PhantomKind,
+    seed: int,
+    count: int,
+    scanner: Scanner,
+    study_grid: Grid,
+    intensity: IntensitySettings,
+    labels: Mapping[int, str],
+) -> NDArray[np.float16]:
+    """`count` individuals of the scanner's site, prepared as their scans would be.
+
+    Returns (count, 1+K, D, H, W) float16. Individual i depends on kind, seed, site and i only, so a
+    longer draw begins with a shorter one.
+    """
+    grid = acquisition_grid(kind, study_grid)
+    pairs = np.empty((count, 1 + len(labels), *study_grid.shape), dtype=np.float16)
+    for i in range(count):
+        image, label = draw(kind, patient_rng(kind, seed, scanner.site, i), scanner, grid)
+        pairs[i] = prepare(image, label, labels=labels, grid=study_grid, intensity=intensity)
+    return pairs
+
+
+def acquisition_grid(kind: PhantomKind, study_grid: Grid) -> Grid:
+    """The voxel grid on which a scan for this study would be taken.
+
+    vessels: the study's own grid. hippocampus: 1 mm where the study's voxels are up to twice as large.
+    """
+    match kind:
+        case PhantomKind.VESSELS:
+            return study_grid
+        case PhantomKind.HIPPOCAMPUS:
+            x, y, z = (min(s, max(_T1_SPACING_MM, s / 2)) for s in study_grid.spacing_mm)
+            i, j, k = (
+                int(np.ceil(n * s / t))
+                for n, s, t in zip(study_grid.shape, study_grid.spacing_mm, (x, y, z), strict=True)
+            )
+            return Grid(shape=(i, j, k), spacing_mm=(x, y, z))
+        case _:
+            assert_never(kind)
+
+
+def _anatomy(kind: PhantomKind, rng: np.random.Generator, grid: Grid) -> Anatomy:
+    match kind:
+        case PhantomKind.VESSELS:
+            return vessels(rng, grid)
+        case PhantomKind.HIPPOCAMPUS:
+            return hippocampus(rng, grid)
+        case _:
+            assert_never(kind)
