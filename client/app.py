@@ -1,0 +1,123 @@
+"""The Flower ClientApp of a hospital: decode the order, let `Site` answer, encode the reply.
+
+Which site this is
+- a hospital: its own node configuration names the file (`--node-config 'site="/srv/consilium/site.yaml"'`);
+- simulation: the run configuration names the folder of all sites, the partition number picks one. The run
+  configuration comes from the coordinator, so a site that is found this way must be a simulated one.
+
+What leaves is decided twice. `Site` checks its reply, and `egress` checks the encoded message once more,
+whoever made it: it decodes, compares with the order, and encodes again. What is not a declared reply,
+an exception included, leaves as a fixed refusal. Flower would send the text of an exception to the coordinator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from client.site import POLICY_FILE, Site
+from common.errors import PolicyRefusal, ProtocolError, UsageError
+from common.protocol import codec
+from common.protocol.manifest import check_reply
+from common.protocol.messages import Order, RefusalCode, RefusalReply, Reply, TrainOrder
+
+SITE_FILE = "site.yaml"
+LARGEST_PROCESS_SITES = 256  # simulated sites whose settings one process keeps parsed
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Message, Context], Message]
+
+
+def egress(message: Message, context: Context, call_next: Handler) -> Message:
+    """Flower mod: let a declared reply to this very order pass, and a fixed refusal in place of anything else."""
+    try:
+        reply = _declared(message, call_next(message, context))
+    except Exception as error:  # noqa: BLE001  # the outermost boundary: Flower would send the text
+        _note(error)
+        reply = RefusalReply(code=RefusalCode.INTERNAL)
+    # A new message around what was decoded: no record, metric or error of the old one can come along.
+    return Message(codec.encode(reply), reply_to=message)
+
+
+app = ClientApp(mods=[egress])
+
+
+def answer(message: Message, context: Context) -> Message:
+    """Answer one order. The five message types share this function: the order says what it is."""
+    try:
+        order = _order(message)
+    except ProtocolError as error:
+        _note(error)
+        return Message(codec.encode(RefusalReply(code=RefusalCode.STALE)), reply_to=message)
+    return Message(codec.encode(_site(context).handle(order)), reply_to=message)
+
+
+# Calls, not decorators: one function answers them all, and mypy cannot see through Flower's decorators.
+app.query("enrol")(answer)
+app.train("gan")(answer)
+app.query("score")(answer)
+app.query("utility")(answer)
+app.query("statement")(answer)
+
+
+def _order(message: Message) -> Order:
+    """Read the order. Raises ProtocolError when it is none, or not of the message's type."""
+    if not message.has_content():
+        raise ProtocolError("the message holds no order; it was dropped")
+    order = codec.decode_order(message.content)
+    if codec.message_type(order) != message.metadata.message_type:
+        raise ProtocolError("the order is not of the message's type; it was dropped")
+    return order
+
+
+def _declared(message: Message, reply_message: Message) -> Reply:
+    """Read a reply back from its records and check it against the order it answers."""
+    reply = codec.decode_reply(reply_message.content)
+    if isinstance(reply, RefusalReply):  # a code is all it holds, so there is nothing to compare
+        return reply
+    order = _order(message)
+    shapes = order.weights.shapes if isinstance(order, TrainOrder) else {}
+    return check_reply(reply, order=order, shapes=shapes)
+
+
+def _site(context: Context) -> Site:
+    """Return the site of this node. Raises UsageError without one, PolicyRefusal if a coordinator named a real one."""
+    own = context.node_config.get("site")
+    if own is not None:
+        return _open(Path(str(own)))
+    folder, partition = context.run_config.get("sites"), context.node_config.get("partition-id")
+    if not folder or partition is None:
+        raise UsageError(
+            "this node is no site: its node configuration has no `site`. "
+            "Start the SuperNode with --node-config 'site=\"/path/to/site.yaml\"'."
+        )
+    site = _open(Path(str(folder)) / f"site-{int(partition) + 1}" / SITE_FILE)
+    if not site.simulated:
+        raise PolicyRefusal("a coordinator named the folder of a real site; only the node's own configuration may")
+    return site
+
+
+def _open(site_file: Path) -> Site:
+    """Return the site, kept for the life of the process as long as its two files stay as they are.
+
+    A hospital that tightens its policy is obeyed from the next order on.
+    """
+    files = (site_file, site_file.parent / POLICY_FILE)
+    return _opened(site_file, hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).digest())
+
+
+@lru_cache(maxsize=LARGEST_PROCESS_SITES)
+def _opened(site_file: Path, fingerprint: bytes) -> Site:  # noqa: ARG001  # the fingerprint is part of the key only
+    return Site.open(site_file)
+
+
+def _note(error: Exception) -> None:
+    """Tell the operator of this process, and nobody else, what a refusal hides."""
+    log.error("the order was refused: %s", error, exc_info=error)

@@ -1,0 +1,175 @@
+"""What an order must hold before it is carried out, what it costs, and what its refusal tells. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import assert_never
+
+from common.adversary.critic import build_critic
+from common.errors import BudgetExhausted, DataError, PolicyRefusal, ProtocolError, Refusal, SettingsError
+from common.generator.network import build_generator, load_weights
+from common.generator.weights import Weights
+from common.measure.audit_plan import AuditPlan, make_plan
+from common.privacy.ledger import Cohort
+from common.privacy.mechanism import ExactAnswer, Mechanism, NoisedCounts
+from common.protocol.messages import (
+    EnrolOrder,
+    Order,
+    RefusalCode,
+    ScoreOrder,
+    SegmenterSource,
+    StatementOrder,
+    TrainOrder,
+    UtilityOrder,
+)
+from common.settings.load import parse_study, study_digest
+from common.settings.site import OrderKind
+from common.settings.study import Study
+
+REAL_QUESTION = "utility.real"  # how the ledger names an exact answer about a segmenter trained at home
+_LARGEST_SEED = 2**63 - 1
+
+PaidOrder = TrainOrder | ScoreOrder | UtilityOrder  # what costs budget, and is therefore answered once
+Charge = tuple[Cohort, str, Mechanism]
+
+
+class OrderRefused(Refusal):
+    """An order that this site does not carry out, for the reason that `code` names to the coordinator."""
+
+    def __init__(self, code: RefusalCode, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def order_kind(order: Order) -> OrderKind:
+    """Return the name under which a policy allows this order."""
+    match order:
+        case EnrolOrder():
+            return OrderKind.ENROL
+        case TrainOrder():
+            return OrderKind.TRAIN
+        case ScoreOrder():
+            return OrderKind.SCORE
+        case UtilityOrder():
+            return OrderKind.UTILITY
+        case StatementOrder():
+            return OrderKind.STATEMENT
+        case _:
+            assert_never(order)
+
+
+def refusal_code(error: Exception) -> RefusalCode:
+    """Return all that the coordinator learns about an error."""
+    match error:
+        case OrderRefused(code=code):
+            return code
+        case BudgetExhausted():
+            return RefusalCode.BUDGET
+        case PolicyRefusal():
+            return RefusalCode.POLICY
+        case ProtocolError():
+            return RefusalCode.STALE
+        case DataError():
+            return RefusalCode.COHORT
+        case _:
+            return RefusalCode.INTERNAL
+
+
+def study_of(order: EnrolOrder) -> Study:
+    """Read the study of an enrolment. Raises OrderRefused(STALE) when it is not what its digest says."""
+    try:
+        study = parse_study(order.study_json)
+    except SettingsError as error:
+        raise OrderRefused(RefusalCode.STALE, f"the study cannot be read; nothing was done: {error}") from error
+    if study_digest(study) != order.study_digest:
+        raise OrderRefused(RefusalCode.STALE, "the study is not what its digest says; nothing was done")
+    return study
+
+
+def check_public(order: EnrolOrder, study: Study) -> None:
+    """Refuse public weights that do not fit the study's networks, now rather than in the first round."""
+    try:
+        load_weights(build_generator(study), order.public_generator)
+        if order.public_critic is not None:
+            load_weights(build_critic(study), order.public_critic)
+    except ValueError as error:
+        raise OrderRefused(RefusalCode.DIGEST, f"public weights do not fit the study: {error}") from error
+
+
+def check_content(order: PaidOrder, study: Study, *, start: Weights, last_round: int) -> None:
+    """Refuse what is stale or is not what its digest says.
+
+    start: the public generator of the enrolment; its names and shapes are the study's. last_round: last one done, or 0.
+    """
+    match order:
+        case TrainOrder():
+            _check_weights(order, start)
+            if order.round <= last_round:
+                raise OrderRefused(
+                    RefusalCode.STALE,
+                    f"round {order.round} is not after round {last_round}, which was done with another order",
+                )
+        case ScoreOrder():
+            _check_weights(order, start)
+            _check_audit(order, study, start, last_round)
+        case UtilityOrder():
+            if (order.segmenter is None) != (order.source is SegmenterSource.REAL):
+                raise OrderRefused(RefusalCode.DIGEST, "a segmenter is brought exactly when it was trained elsewhere")
+            _check_seed(order.seed)
+        case _:
+            assert_never(order)
+
+
+def _check_weights(order: TrainOrder | ScoreOrder, start: Weights) -> None:
+    if order.weights.digest != order.weights_digest:
+        raise OrderRefused(RefusalCode.DIGEST, "the weights are not what their digest says; nothing was done")
+    if order.weights.shapes != start.shapes:
+        raise OrderRefused(RefusalCode.DIGEST, "the weights are no generator of this study; nothing was done")
+
+
+def _check_audit(order: ScoreOrder, study: Study, start: Weights, last_round: int) -> None:
+    if last_round == 0:
+        raise OrderRefused(RefusalCode.DIGEST, "this site trained no round of the study; nothing was scored")
+    if order.reference_digest != start.digest:
+        raise OrderRefused(RefusalCode.DIGEST, "the reference is not the public generator the site was enrolled with")
+    plan = audit_plan(order)
+    if plan.digest != order.audit_plan_digest:
+        raise OrderRefused(RefusalCode.DIGEST, "the audit plan is not what its digest says; nothing was scored")
+    if plan != make_plan(study, plan.sites) or order.volumes != plan.volumes:
+        raise OrderRefused(RefusalCode.POLICY, "the audit plan is not the one that the approved study prescribes")
+    _check_seed(order.seed)
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise OrderRefused(RefusalCode.DIGEST, f"seed {seed} is outside 0..{_LARGEST_SEED}; nothing was done")
+
+
+def audit_plan(order: ScoreOrder) -> AuditPlan:
+    """Read the plan in an order. Raises OrderRefused(DIGEST) when there is none."""
+    try:
+        return AuditPlan.from_json(order.audit_plan_json)
+    except ValueError as error:
+        raise OrderRefused(RefusalCode.DIGEST, "the audit plan cannot be read; nothing was scored") from error
+
+
+def charges(order: PaidOrder, study: Study) -> Sequence[Charge]:
+    """Return everything an answer costs: whose patients, what for, and which mechanism."""
+    members, nonmembers = Cohort.MEMBERS, Cohort.NONMEMBERS
+    match order:
+        case TrainOrder():
+            return [(members, f"round {order.round}", order.plan.one_round)]
+        case ScoreOrder():
+            plan = audit_plan(order)
+            return [
+                *((nonmembers, "score", mechanism) for mechanism in plan.nonmember_mechanisms),
+                *((members, "score", mechanism) for mechanism in plan.member_mechanisms),
+            ]
+        case UtilityOrder():
+            key = f"utility {order.source.value}"
+            if order.source is SegmenterSource.REAL:  # one member changes every patient's Dice: both pay
+                exact = ExactAnswer(question=REAL_QUESTION)
+                return [(members, key, exact), (nonmembers, key, exact)]
+            return [(nonmembers, key, NoisedCounts(epsilon=study.utility.epsilon_per_answer))]
+        case _:
+            assert_never(order)

@@ -1,0 +1,137 @@
+"""What the hospital allows: an order passes every line of its policy, or nothing is done. Default deny.
+
+A coordinator can only tighten: what an order asks for is compared with the site's own policy file, and
+with the study that the hospital approved by its digest. Nothing here looks at data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import assert_never
+
+from client.orders import order_kind
+from common.errors import PolicyRefusal
+from common.privacy.accounting import epsilon
+from common.privacy.mechanism import Plan, Unit
+from common.protocol.messages import (
+    EnrolOrder,
+    Order,
+    ScoreOrder,
+    SegmenterSource,
+    StatementOrder,
+    TrainOrder,
+    UtilityOrder,
+)
+from common.settings.site import SitePolicy
+from common.settings.study import Study
+
+
+def check(order: Order, *, policy: SitePolicy, study: Study, now: datetime, simulated: bool) -> None:
+    """Raise PolicyRefusal, listing every objection, unless the policy allows the order.
+
+    study: the enrolled study, or the one that an EnrolOrder brings, already matched with its digest.
+    now: aware time. simulated: whether this site's randomness is seeded.
+    """
+    objections = [
+        *_site_objections(order, policy, now, simulated),
+        *_study_objections(policy, study),
+        *_order_objections(order, policy, study),
+    ]
+    if objections:
+        raise PolicyRefusal(
+            f"this site's policy does not allow the order {order_kind(order).value!r}; nothing was done: "
+            + "; ".join(objections)
+            + ". The hospital decides in its policy.yaml."
+        )
+
+
+def _site_objections(order: Order, policy: SitePolicy, now: datetime, simulated: bool) -> Iterator[str]:
+    today = now.astimezone(UTC).date()
+    if today > policy.expires:
+        yield f"the policy expired on {policy.expires.isoformat()}"
+    if order_kind(order) not in policy.orders:
+        yield f"`orders` does not name {order_kind(order).value!r}"
+    if order.study_digest not in policy.studies:
+        yield f"`studies` does not name {order.study_digest[:16]}"
+    if simulated and not policy.simulation:
+        yield "the site's randomness is seeded and `simulation` is not set"
+
+
+def _study_objections(policy: SitePolicy, study: Study) -> Iterator[str]:
+    privacy, training = study.privacy, study.training
+    if study.purpose not in policy.purposes:
+        yield "`purposes` does not name the study's purpose"
+    if privacy.delta > policy.delta_cap:
+        yield f"delta {privacy.delta:g} is above `delta_cap` {policy.delta_cap:g}"
+    if privacy.target_epsilon is None:
+        if not policy.research_answers:
+            yield "the study trains without noise and `research_answers` is not set"
+    elif privacy.target_epsilon > policy.epsilon_cap:
+        yield f"target epsilon {privacy.target_epsilon:g} is above `epsilon_cap` {policy.epsilon_cap:g}"
+    steps = training.rounds * training.critic_steps_per_round
+    if steps > policy.maximum_steps:
+        yield f"{steps} steps are above `maximum_steps` {policy.maximum_steps}"
+
+
+def _order_objections(order: Order, policy: SitePolicy, study: Study) -> Iterator[str]:
+    match order:
+        case TrainOrder():
+            yield from _plan_objections(order, policy, study)
+        case UtilityOrder():
+            if order.source is SegmenterSource.REAL and not policy.research_answers:
+                yield "an exact answer was asked for and `research_answers` is not set"
+            if order.training_steps != study.utility.training_steps:
+                yield f"{order.training_steps} segmenter steps are not the study's {study.utility.training_steps}"
+        case EnrolOrder() | ScoreOrder() | StatementOrder():
+            pass
+        case _:
+            assert_never(order)
+
+
+def _plan_objections(order: TrainOrder, policy: SitePolicy, study: Study) -> Iterator[str]:
+    """Compare the plan with the approved study where the study fixes it, and with the policy where it does not."""
+    plan, mechanism = order.plan, order.plan.mechanism
+    if plan_facts(plan) != study_facts(study):
+        yield f"the plan {plan_facts(plan)} is not the study's {study_facts(study)}"
+    if mechanism.unit is not Unit.PATIENT:
+        yield f"the plan protects a {mechanism.unit.value}, not a patient"
+    if mechanism.steps > policy.maximum_steps:
+        yield f"{mechanism.steps} steps are above `maximum_steps` {policy.maximum_steps}"
+    if mechanism.noise_multiplier < policy.minimum_noise and not (
+        mechanism.noise_multiplier == 0 and policy.research_answers
+    ):
+        yield f"noise multiplier {mechanism.noise_multiplier:g} is below `minimum_noise` {policy.minimum_noise:g}"
+    if not 1 <= order.round <= plan.rounds:
+        yield f"round {order.round} is not one of 1..{plan.rounds}"
+    spent = epsilon([mechanism], plan.delta).upper
+    # The relative slack is for another machine's last digits, not for another plan.
+    if plan.target_epsilon is not None and spent > plan.target_epsilon * (1 + 1e-6):
+        yield f"the plan spends epsilon {spent:.4f}, more than the target {plan.target_epsilon:g} it states"
+
+
+def plan_facts(plan: Plan) -> dict[str, float | None]:
+    """Return what a study fixes about its plan. The noise is not in it: it follows from these by calibration."""
+    return {
+        "target_epsilon": plan.target_epsilon,
+        "delta": plan.delta,
+        "sampling_probability": plan.mechanism.sampling_probability,
+        "clip_norm": plan.clip_norm,
+        "divisor": plan.divisor,
+        "rounds": plan.rounds,
+        "steps_per_round": plan.steps_per_round,
+    }
+
+
+def study_facts(study: Study) -> dict[str, float | None]:
+    """Return the same facts as the approved study states them."""
+    privacy, training = study.privacy, study.training
+    return {
+        "target_epsilon": privacy.target_epsilon,
+        "delta": privacy.delta,
+        "sampling_probability": privacy.sampling_probability,
+        "clip_norm": privacy.clip_norm,
+        "divisor": privacy.sampling_probability * privacy.reference_patients,
+        "rounds": training.rounds,
+        "steps_per_round": training.critic_steps_per_round,
+    }

@@ -1,0 +1,348 @@
+"""One hospital's answer to one order. No Flower here. Read together with `server/round.py`.
+
+(1) the study is known, the order is about it, and the site is not paused
+(2) the site's policy allows the order; default deny
+(3) an order that was answered before gets the same bytes again and spends nothing
+(4) the order is not stale, and its weights and plans are what their digests say
+(5) the ledger reserves everything the answer will cost, before any patient is looked at
+(6) the work, with randomness keyed for this order alone
+(7) what must survive is stored: first the critic's state, then the reply, which makes the order done
+(8) the ledger notes that the work was finished
+(9) the reply is checked against the manifest; whatever is not declared becomes a fixed refusal
+
+Why 7 before 8, and both after 5. What counts as spent is the reservation of step 5. A kill before the reply is
+stored leaves the order undone: it is worked on again and charged again, though nothing of the first attempt
+left. A kill after it leaves the order done: its bytes are sent at no further cost, and the missing note of
+step 8 changes no epsilon. So a crash can over-count, never under-count.
+
+Which generator may be scored (4). The coordinator averages the sites' replies, so the final generator is in no
+TrainOrder and a site cannot recognise it. It does not have to: the noise of an answer and its price do not depend
+on the generator, so whatever is asked stays within the differential privacy that was paid for. The
+site insists on what it can know: it has trained at least one round of this study, names and shapes are the study's,
+the digest is right, the reference is the public start it was enrolled with, and the plan is the one that
+the approved study prescribes. The same question is answered from the store; a different one is charged again and is
+bounded by the ledger's cap, which nobody but the hospital sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import assert_never
+
+from torch import Tensor
+
+from client.cohort import Cohort, draw_holdout
+from client.installed import code_digest
+from client.orders import (
+    OrderRefused,
+    PaidOrder,
+    audit_plan,
+    charges,
+    check_content,
+    check_public,
+    order_kind,
+    refusal_code,
+    study_of,
+)
+from client.policy import check
+from client.randomness import SecureStream
+from client.store import HOLDOUT_KEY_BYTES, SiteStore, StudyStore
+from client.work import SiteWork, Task
+from common.privacy.ledger import Cohort as LedgerCohort
+from common.privacy.ledger import Ledger
+from common.protocol import codec
+from common.protocol.manifest import Shapes, objections
+from common.protocol.messages import (
+    EnrolOrder,
+    EnrolReply,
+    Order,
+    RefusalCode,
+    RefusalReply,
+    Reply,
+    ScoreOrder,
+    ScoreReply,
+    StatementOrder,
+    StatementReply,
+    TrainOrder,
+    TrainReply,
+    UtilityOrder,
+)
+from common.settings.site import SitePolicy, SiteSettings, load_policy, load_site
+from common.settings.study import Study
+from common.telemetry.events import Observer, ignore
+
+POLICY_FILE = "policy.yaml"
+LEDGER_FILE = "ledger.sqlite"
+
+
+def utc_now() -> datetime:
+    """Return the time, aware."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Enrolled:
+    """A study that this site takes part in."""
+
+    study: Study
+    order: EnrolOrder
+    store: StudyStore
+
+    @property
+    def shapes(self) -> Shapes:
+        """Agreed names and shapes of the generator."""
+        return self.order.public_generator.shapes
+
+
+class Site:
+    """One site. Holds no state between orders but its folder, so any process may answer the next order.
+
+    settings, policy: the hospital's two files. ledger_file: its budget, over all studies.
+    work: what is done with data; now: the clock.
+    """
+
+    def __init__(
+        self,
+        settings: SiteSettings,
+        policy: SitePolicy,
+        *,
+        ledger_file: Path,
+        work: SiteWork | None = None,
+        now: Callable[[], datetime] = utc_now,
+        observer: Observer = ignore,
+    ) -> None:
+        self._settings = settings
+        self._policy = policy
+        self._ledger_file = ledger_file
+        self._work = work or SiteWork()
+        self._now = now
+        self._observer = observer
+        self._store = SiteStore(Path(settings.state))
+
+    @classmethod
+    def open(cls, site_file: Path, *, observer: Observer = ignore) -> Site:
+        """Open the site whose site.yaml this is; policy and ledger lie beside it. Raises SettingsError."""
+        folder = site_file.resolve().parent
+        return cls(
+            load_site(site_file),
+            load_policy(folder / POLICY_FILE),
+            ledger_file=folder / LEDGER_FILE,
+            observer=observer,
+        )
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the site's randomness is seeded."""
+        return self._settings.simulated
+
+    def handle(self, order: Order) -> Reply:
+        """Answer an order. The only errors that pass are the end of the process and a log that cannot be written.
+
+        What went wrong stays in the site's own log; the coordinator learns a code.
+        """
+        try:
+            with self._store.lock():
+                reply, shapes, labels = self._answer(order)
+                found = objections(reply, order=order, shapes=shapes, labels=labels)  # (9)
+            if found:
+                self._log("reply kept back", order, code=RefusalCode.INTERNAL, detail="; ".join(found))
+                reply = RefusalReply(code=RefusalCode.INTERNAL)
+            else:
+                self._log("answered", order)
+        except Exception as error:  # noqa: BLE001  # the one boundary of this process: no text, no path may leave
+            code = refusal_code(error)
+            self._log("refused", order, code=code, detail=str(error), trace=code is RefusalCode.INTERNAL)
+            return RefusalReply(code=code)
+        else:
+            return reply
+
+    def _answer(self, order: Order) -> tuple[Reply, Shapes, int]:
+        """Steps (1) to (8), and what the manifest needs to know for (9)."""
+        if self._store.paused:  # (1)
+            raise OrderRefused(RefusalCode.PAUSED, "the site is paused; nothing was done. Remove the file `paused`.")
+        if isinstance(order, EnrolOrder):
+            study = study_of(order)
+            self._check_policy(order, study)
+            return self._enrol(order, study), order.public_generator.shapes, len(study.labels)
+        enrolled = self._enrolled(order.study_digest)
+        self._check_policy(order, enrolled.study)
+        match order:
+            case StatementOrder():
+                reply: Reply = self._state(order, enrolled)
+            case TrainOrder() | ScoreOrder() | UtilityOrder():
+                reply = self._answer_once(order, enrolled)
+            case _:
+                assert_never(order)
+        return reply, enrolled.shapes, len(enrolled.study.labels)
+
+    def _check_policy(self, order: Order, study: Study) -> None:
+        check(order, policy=self._policy, study=study, now=self._now(), simulated=self.simulated)  # (2)
+
+    def _enrolled(self, digest: str) -> _Enrolled:
+        store = self._store.study(digest)
+        if store is None:
+            raise OrderRefused(RefusalCode.STALE, "the site is not enrolled in this study; nothing was done")
+        order = store.enrolment()
+        return _Enrolled(study=study_of(order), order=order, store=store)
+
+    # --- enrolment ---------------------------------------------------------------------------------
+
+    def _enrol(self, order: EnrolOrder, study: Study) -> EnrolReply:
+        """Join a study once. Free: only a commitment and public facts leave, the patients are only prepared."""
+        store = self._store.study(order.study_digest)
+        if store is None:
+            check_public(order, study)  # (4)
+            store = self._store.begin(order, self._draw_cohort(study))  # (6) (7)
+        elif codec.digest(store.enrolment()) != codec.digest(order):  # (3)
+            raise OrderRefused(
+                RefusalCode.STALE,
+                "the site joined this study with other public weights; nothing was changed. "
+                "Resume the campaign that it joined, or start a study of another name.",
+            )
+        return EnrolReply(
+            study_digest=order.study_digest,
+            holdout_commitment=store.cohort().split.commitment,
+            policy_digest=self._policy.digest,
+            code_digest=code_digest(),
+            simulated=self.simulated,
+        )
+
+    def _draw_cohort(self, study: Study) -> Cohort:
+        """Prepare the patients and draw who is held out. Raises OrderRefused(COHORT) below the minimum."""
+        patients = self._work.patients(self._settings, study, self._observer)
+        least = max(study.federation.minimum_patients, self._policy.minimum_patients)
+        split = draw_holdout(sorted(patients), study.audit.holdout_fraction, self._holdout_stream())
+        if len(patients) < least or len(split.members) < self._policy.minimum_patients:
+            raise OrderRefused(
+                RefusalCode.COHORT,
+                f"{len(patients)} usable patients, {len(split.members)} of them to train on: fewer than the study and "
+                f"the policy ask for (at least {least}, and {self._policy.minimum_patients}). Nothing was stored.",
+            )
+        return Cohort.from_patients(patients, split)
+
+    def _holdout_stream(self) -> SecureStream:
+        """Decide who is held out by one key of the site, the same for every study.
+
+        With the same fraction a patient is then on the same side in every study, so that one person does
+        not pay as a member of one study and again as a non-member of the next.
+        """
+        if self._settings.simulation_seed is not None:
+            return SecureStream.from_seed(self._settings.simulation_seed, self._settings.site, "holdout")
+        return SecureStream(self._store.holdout_key(SecureStream.from_entropy().bytes(HOLDOUT_KEY_BYTES)))
+
+    # --- orders that cost ----------------------------------------------------------------------------
+
+    def _answer_once(self, order: PaidOrder, enrolled: _Enrolled) -> Reply:
+        """Steps (3) to (8) of an order that costs budget."""
+        known = enrolled.store.reply(order)  # (3)
+        if known is not None:
+            return known
+        check_content(  # (4)
+            order, enrolled.study, start=enrolled.order.public_generator, last_round=enrolled.store.last_round()
+        )
+        ledger = self._ledger(enrolled.study)
+        entries = [  # (5)
+            ledger.reserve(study=order.study_digest, cohort=cohort, key=key, mechanism=mechanism)
+            for cohort, key, mechanism in charges(order, enrolled.study)
+        ]
+        reply, kept = self._do(order, enrolled)  # (6)
+        if kept is not None and isinstance(order, TrainOrder):  # (7)
+            enrolled.store.save_state(order.round, kept)
+        enrolled.store.save_reply(order, reply)
+        for entry in entries:  # (8)
+            ledger.commit(entry)
+        return reply
+
+    def _do(self, order: PaidOrder, enrolled: _Enrolled) -> tuple[Reply, Mapping[str, Tensor] | None]:
+        """Step (6): the reply, and what training keeps."""
+        task = self._task(order, enrolled)
+        match order:
+            case TrainOrder():
+                weights, kept = self._work.train(order, task, enrolled.store.last_state())
+                reply: Reply = TrainReply(
+                    study_digest=order.study_digest,
+                    round=order.round,
+                    weights=weights,
+                    weights_digest=weights.digest,
+                )
+                return reply, kept
+            case ScoreOrder():
+                histograms = self._work.score(order, task, audit_plan(order))
+                return (
+                    ScoreReply(
+                        study_digest=order.study_digest,
+                        weights_digest=order.weights_digest,
+                        audit_plan_digest=order.audit_plan_digest,
+                        histograms=histograms,
+                    ),
+                    None,
+                )
+            case UtilityOrder():
+                return self._work.utility(order, task), None
+            case _:
+                assert_never(order)
+
+    def _task(self, order: PaidOrder, enrolled: _Enrolled) -> Task:
+        return Task(
+            study=enrolled.study,
+            cohort=enrolled.store.cohort(),
+            public_critic=enrolled.order.public_critic,
+            public_generator=enrolled.order.public_generator,
+            stream=self._stream(order),
+            device=self._settings.device,
+            research_answers=self._policy.research_answers,
+            observer=self._observer,
+        )
+
+    def _stream(self, order: PaidOrder) -> SecureStream:
+        """Key the randomness of one order: from the operating system, or in simulation from the seed."""
+        if self._settings.simulation_seed is None:
+            return SecureStream.from_entropy()
+        number = order.round if isinstance(order, TrainOrder) else 0
+        purpose = order_kind(order).value
+        seed, site = self._settings.simulation_seed, self._settings.site
+        # The whole order is a label: two questions answered with the same noise would cancel it out.
+        return SecureStream.from_seed(seed, site, order.study_digest, number, purpose, codec.digest(order))
+
+    # --- the ledger ------------------------------------------------------------------------------------
+
+    def _ledger(self, study: Study) -> Ledger:
+        """Open the site's ledger under the tighter of the two caps."""
+        return Ledger(
+            self._ledger_file,
+            epsilon_cap=min(self._policy.epsilon_cap, study.privacy.epsilon_cap),
+            delta=study.privacy.delta,
+            research=self._policy.research_answers,
+            now=self._now,
+        )
+
+    def _state(self, order: StatementOrder, enrolled: _Enrolled) -> StatementReply:
+        """State what the study has spent. Free and always fresh: the ledger holds no patient's data."""
+        ledger = self._ledger(enrolled.study)
+        members, nonmembers = (
+            tuple(entry.mechanism for entry in ledger.entries(order.study_digest, cohort))
+            for cohort in (LedgerCohort.MEMBERS, LedgerCohort.NONMEMBERS)
+        )
+        return StatementReply(
+            study_digest=order.study_digest, members=members, nonmembers=nonmembers, ledger_head=ledger.head
+        )
+
+    # --- the site's own log ----------------------------------------------------------------------------
+
+    def _log(
+        self, event: str, order: Order, *, code: RefusalCode | None = None, detail: str = "", trace: bool = False
+    ) -> None:
+        """Note what became of an order. The log is the hospital's own and never leaves."""
+        facts = {
+            "time": self._now().isoformat(),
+            "site": self._settings.site,
+            "order": codec.ORDER_NAMES.get(type(order), type(order).__name__),
+            "study": getattr(order, "study_digest", None),
+            "round": getattr(order, "round", None),
+            "code": code,
+            "detail": detail or None,
+        }
+        self._store.log(event, {name: value for name, value in facts.items() if value is not None}, trace=trace)

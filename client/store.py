@@ -1,0 +1,220 @@
+"""What a site keeps on its own disk, study by study, so that a crash or a repeated order changes nothing.
+
+    state/
+    ├── site.log             the site's own log, with the reasons that never leave
+    ├── lock                 held while an order is handled
+    ├── paused               present while the hospital has paused this site
+    ├── holdout.key          32 bytes; decides who is held out, the same in every study
+    └── studies/<study digest>/
+        ├── enrolment        the order that was accepted: study, public critic, public generator
+        ├── cohort.safetensors
+        ├── round-0003.state critic and optimisers after round 3; the last two are kept
+        └── replies/train-0003-<order digest>, score-<order digest>, utility-<order digest>
+
+Every file is written whole or not at all, and durably before the next one is begun. A round counts as
+done exactly when its reply is stored. A kill between any two writes therefore leaves one of two things:
+
+- no reply: the round was not done. It is trained again from the last done round's state, which is still
+  there; the ledger keeps the first reservation as well, so spending is over-counted, never under-counted.
+- a reply: the round is done. The same order gets the same bytes and spends nothing.
+
+Rounds only go forward. A site that missed rounds joins the current one with the critic it had; an order
+for a round that is not after the last done one, and is not that very order again, is stale.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import structlog
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from client.cohort import Cohort
+from client.orders import PaidOrder
+from common.errors import IntegrityError, ProtocolError
+from common.evidence.atomic import write_atomic
+from common.protocol import codec
+from common.protocol.messages import EnrolOrder, Reply, ScoreOrder, TrainOrder, UtilityOrder
+
+KEPT_STATES = 2
+HOLDOUT_KEY_BYTES = 32
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_TRAIN_REPLY = re.compile(r"train-(\d{4,})-[0-9a-f]{64}")
+_STATE = re.compile(r"round-(\d{4,})\.state")
+
+
+class SiteStore:
+    """The state folder of one site. Created when missing, for its owner's eyes only."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    @property
+    def paused(self) -> bool:
+        """Whether the hospital has put a file named `paused` here."""
+        return (self.folder / "paused").exists()
+
+    def log(self, event: str, facts: Mapping[str, str | int], *, trace: bool = False) -> None:
+        """Add one JSON line to site.log, with the error that is being handled if `trace`."""
+        descriptor = os.open(self.folder / "site.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as stream:
+            logger = structlog.wrap_logger(
+                structlog.WriteLogger(stream),
+                processors=[structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
+            )
+            logger.info(event, **facts, exc_info=trace)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the site for one order: two processes must not train the same round at once."""
+        with (self.folder / "lock").open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # released when the handle is closed, also by a kill
+            yield
+
+    def holdout_key(self, fresh: bytes) -> bytes:
+        """Return the stored key, or store `fresh` (32 bytes) as the key and return it."""
+        path = self.folder / "holdout.key"
+        if not path.exists():
+            _write(path, fresh)
+        key = _read(path)
+        if len(key) != HOLDOUT_KEY_BYTES:
+            raise IntegrityError(f"{path.name} holds {len(key)} bytes instead of {HOLDOUT_KEY_BYTES}; {_RESTORE}")
+        return key
+
+    def study(self, study_digest: str) -> StudyStore | None:
+        """Return the folder of an enrolled study, None when this site is not enrolled in it."""
+        if not _DIGEST.fullmatch(study_digest):  # it becomes part of a path
+            return None
+        store = StudyStore(self.folder / "studies" / study_digest)
+        return store if store.enrolled else None
+
+    def begin(self, order: EnrolOrder, cohort: Cohort) -> StudyStore:
+        """Store a new study's cohort and enrolment. The enrolment is last: with it, the study is enrolled.
+
+        A cohort that is there already, from an enrolment that was cut off, is kept: the hold-out is drawn once.
+        """
+        if not _DIGEST.fullmatch(order.study_digest):
+            raise ValueError(f"a study digest is 64 hex digits, got {order.study_digest!r}")
+        store = StudyStore(self.folder / "studies" / order.study_digest)
+        store.replies.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not store.cohort_file.exists():
+            cohort.store(store.cohort_file)
+        _write(store.enrolment_file, codec.pack(order))
+        return store
+
+
+class StudyStore:
+    """One study's part of the state folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.replies = folder / "replies"
+        self.cohort_file = folder / "cohort.safetensors"
+        self.enrolment_file = folder / "enrolment"
+
+    @property
+    def enrolled(self) -> bool:
+        """Whether an enrolment was completed here."""
+        return self.enrolment_file.exists()
+
+    def enrolment(self) -> EnrolOrder:
+        """Return the order that this site joined with. Raises IntegrityError when it is damaged."""
+        try:
+            order = codec.unpack_order(_read(self.enrolment_file))
+        except ProtocolError as damage:
+            raise IntegrityError(f"the stored enrolment cannot be read; {_RESTORE}") from damage
+        if not isinstance(order, EnrolOrder):
+            raise IntegrityError(f"the stored enrolment is another message; {_RESTORE}")
+        return order
+
+    def cohort(self) -> Cohort:
+        """Return the prepared scans and the hold-out. Raises IntegrityError when damaged."""
+        return Cohort.load(self.cohort_file)
+
+    def reply(self, order: PaidOrder) -> Reply | None:
+        """Return the stored reply to exactly this order, None when there is none. IntegrityError when damaged.
+
+        A damaged reply is never recomputed: that would answer one question twice, with fresh noise.
+        """
+        path = self.replies / _reply_name(order)
+        if not path.exists():
+            return None
+        try:
+            return codec.unpack_reply(_read(path))
+        except ProtocolError as damage:
+            raise IntegrityError(f"a stored reply ({path.name}) cannot be read; {_RESTORE}") from damage
+
+    def save_reply(self, order: PaidOrder, reply: Reply) -> None:
+        """Store the reply; from here on the order is done. Then drop states that nothing can start from."""
+        _write(self.replies / _reply_name(order), codec.pack(reply))
+        if isinstance(order, TrainOrder):
+            for number in sorted(self._states())[:-KEPT_STATES]:
+                self._state_file(number).unlink()
+
+    def last_round(self) -> int:
+        """Return the last done round, 0 when none is."""
+        matches = (_TRAIN_REPLY.fullmatch(path.name) for path in self.replies.iterdir())
+        return max((int(match[1]) for match in matches if match), default=0)
+
+    def save_state(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Store what training keeps after round `number`; before the round's reply, which makes it count."""
+        _write(self._state_file(number), save_tensors({name: t.contiguous() for name, t in tensors.items()}))
+
+    def last_state(self) -> dict[str, Tensor] | None:
+        """Return the state after the last done round, None before the first. Raises IntegrityError when damaged."""
+        number = self.last_round()
+        if number == 0:
+            return None
+        path = self._state_file(number)
+        if not path.exists():
+            raise IntegrityError(f"{path.name} is missing although round {number} was done; {_RESTORE}")
+        try:
+            tensors: dict[str, Tensor] = load_tensors(_read(path))
+        except (SafetensorError, ValueError, KeyError) as damage:
+            raise IntegrityError(f"{path.name} cannot be read; {_RESTORE}") from damage
+        return tensors
+
+    def _states(self) -> list[int]:
+        matches = (_STATE.fullmatch(path.name) for path in self.folder.iterdir())
+        return [int(match[1]) for match in matches if match]
+
+    def _state_file(self, number: int) -> Path:
+        return self.folder / f"round-{number:04d}.state"
+
+
+_RESTORE = "nothing was computed. Restore the site's state folder from its newest backup, or leave the study."
+
+
+def _reply_name(order: PaidOrder) -> str:
+    digest = codec.digest(order)
+    match order:
+        case TrainOrder():
+            return f"train-{order.round:04d}-{digest}"
+        case ScoreOrder():
+            return f"score-{digest}"
+        case UtilityOrder():
+            return f"utility-{digest}"
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write SHA-256 and content, readable by the owner only, whole or not at all."""
+    write_atomic(path, hashlib.sha256(content).digest() + content, mode=0o600)
+
+
+def _read(path: Path) -> bytes:
+    """Read what `_write` wrote. Raises IntegrityError when a byte changed."""
+    data = path.read_bytes()
+    content = data[32:]
+    if hashlib.sha256(content).digest() != data[:32]:
+        raise IntegrityError(f"{path.name} is not what was written ({len(data)} bytes); {_RESTORE}")
+    return content

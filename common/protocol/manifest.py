@@ -1,0 +1,158 @@
+"""What may leave a site: a reply passes as it is, or a fixed refusal goes in its place.
+
+Beside the digest of the order's own study a reply may hold
+
+- to EnrolOrder: three SHA-256 digests (hold-out, policy, code) and whether the site is simulated;
+- to TrainOrder: the order's round; generator arrays of exactly the agreed names and shapes, float32,
+  finite, with their digest;
+- to ScoreOrder: the order's digests; one histogram for each endpoint and group of the order's plan,
+  with the plan's bins and epsilon;
+- to UtilityOrder: the order's source; one sum a label and one count, on the grid of `common.measure.dice_sums`;
+- to StatementOrder: mechanisms, and the ledger's head as SHA-256;
+- to any order: a refusal code.
+
+Pure; no Flower. It is checked twice on the way out, with the site's stored shapes in `client/site.py`
+and, once encoded, with the order's own in `client/app.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from common.measure.audit_plan import AuditPlan, Group
+from common.measure.dice_sums import UNITS
+from common.privacy.mechanism import DpSgd, ExactAnswer, Mechanism, NoisedCounts, Unit
+from common.protocol.messages import (
+    EnrolOrder,
+    EnrolReply,
+    Order,
+    RefusalCode,
+    RefusalReply,
+    Reply,
+    ScoreOrder,
+    ScoreReply,
+    SegmenterSource,
+    StatementOrder,
+    StatementReply,
+    TrainOrder,
+    TrainReply,
+    UtilityOrder,
+    UtilityReply,
+)
+
+LARGEST_COUNT = 10**6  # far above any cohort and its noise: a larger number carries something else
+LARGEST_LABELS = 255
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_QUESTION = re.compile(r"[a-z][a-z0-9._-]{0,40}")  # a name, with no room for a patient or a path
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_reply(reply: Reply, *, order: Order, shapes: Shapes, labels: int | None = None) -> Reply:
+    """Return the reply if nothing about it is beyond what was declared, else a refusal with the code INTERNAL.
+
+    shapes: agreed names and shapes of the generator. labels: K of the study, None if the caller does not know it.
+    """
+    if objections(reply, order=order, shapes=shapes, labels=labels):
+        return RefusalReply(code=RefusalCode.INTERNAL)
+    return reply
+
+
+def objections(reply: Reply, *, order: Order, shapes: Shapes, labels: int | None = None) -> list[str]:
+    """Return why the reply may not leave, for the site's own log; empty when it may."""
+    match order, reply:
+        case _, RefusalReply(code=code):
+            return [] if isinstance(code, RefusalCode) else ["refusal without a fixed code"]
+        case EnrolOrder(), EnrolReply():
+            found = _enrol(reply)
+        case TrainOrder(), TrainReply():
+            found = _train(reply, order, shapes)
+        case ScoreOrder(), ScoreReply():
+            found = _score(reply, order)
+        case UtilityOrder(), UtilityReply():
+            found = _utility(reply, order, labels)
+        case StatementOrder(), StatementReply():
+            found = _statement(reply)
+        case _:
+            return [f"{type(reply).__name__} does not answer {type(order).__name__}"]
+    study = [] if reply.study_digest == order.study_digest else ["study digest is not the order's"]
+    return [*study, *found]
+
+
+def _enrol(reply: EnrolReply) -> Iterator[str]:
+    for name in ("holdout_commitment", "policy_digest", "code_digest"):
+        if not _DIGEST.fullmatch(getattr(reply, name)):
+            yield f"{name} is not a SHA-256"
+    if not isinstance(reply.simulated, bool):
+        yield "simulated is not a truth value"
+
+
+def _train(reply: TrainReply, order: TrainOrder, shapes: Shapes) -> Iterator[str]:
+    if reply.round != order.round:
+        yield f"round {reply.round} is not the order's {order.round}"
+    # `Weights` cannot hold another dtype or a value that is not finite.
+    if reply.weights.shapes != dict(shapes):
+        yield "arrays are not exactly the agreed names and shapes"
+    if reply.weights_digest != reply.weights.digest:
+        yield "weights are not what their digest says"
+
+
+def _score(reply: ScoreReply, order: ScoreOrder) -> Iterator[str]:
+    if (reply.weights_digest, reply.audit_plan_digest) != (order.weights_digest, order.audit_plan_digest):
+        yield "weights or audit plan are not the order's"
+    try:
+        plan = AuditPlan.from_json(order.audit_plan_json)
+    except ValueError:
+        yield "the order's audit plan cannot be read"
+        return
+    bins = {endpoint.name.value: endpoint.bins for endpoint in plan.endpoints}
+    answered = Counter((h.endpoint, h.group) for h in reply.histograms)
+    if answered != Counter((endpoint, group.value) for endpoint in bins for group in Group):
+        yield "histograms are not one for each endpoint and group of the plan"
+        return
+    for histogram in reply.histograms:
+        if len(histogram.counts) != bins[histogram.endpoint] or not _are_counts(histogram.counts):
+            yield f"{histogram.endpoint}, {histogram.group}: not one count for each bin of the plan"
+        if histogram.epsilon != plan.epsilon_per_answer:
+            yield f"{histogram.endpoint}, {histogram.group}: epsilon is not the plan's"
+
+
+def _are_counts(values: Sequence[object]) -> bool:
+    return all(type(value) is int and abs(value) <= LARGEST_COUNT for value in values)
+
+
+def _utility(reply: UtilityReply, order: UtilityOrder, labels: int | None) -> Iterator[str]:
+    if reply.source is not order.source:
+        yield "source is not the order's"
+    # Multiples of half a unit, exact in binary: other digits would be room for something else.
+    for value in (*reply.dice_sum, reply.patients):
+        if not abs(value) <= LARGEST_COUNT or not float(value * 2 * UNITS).is_integer():
+            yield "a sum is not on the fixed grid"
+    if len(reply.dice_sum) != labels if labels is not None else not 1 <= len(reply.dice_sum) <= LARGEST_LABELS:
+        yield "not one sum for each label"
+    if reply.exact != (reply.source is SegmenterSource.REAL) or reply.exact != (reply.epsilon is None):
+        yield "exact, source and epsilon contradict each other"
+    if reply.epsilon is not None and not reply.epsilon > 0:
+        yield "epsilon is not positive"
+
+
+def _statement(reply: StatementReply) -> Iterator[str]:
+    if not _DIGEST.fullmatch(reply.ledger_head):
+        yield "ledger_head is not a SHA-256"
+    for mechanism in (*reply.members, *reply.nonmembers):
+        if not _is_public(mechanism):
+            yield f"{type(mechanism).__name__} is not a mechanism that may be stated"
+
+
+def _is_public(mechanism: Mechanism) -> bool:
+    match mechanism:
+        case DpSgd():
+            return mechanism.unit is Unit.PATIENT
+        case NoisedCounts():
+            return True
+        case ExactAnswer():
+            return _QUESTION.fullmatch(mechanism.question) is not None
+        case _:
+            return False

@@ -1,0 +1,262 @@
+"""A study small enough for tests, a site with work that takes no time, and orders for it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from client.site import Site
+from client.work import SiteWork, Task
+from common.adversary.critic import build_critic
+from common.generator.network import build_generator, weights_of
+from common.generator.weights import Weights
+from common.measure.audit_plan import AuditPlan, Group, make_plan
+from common.privacy.ledger import Cohort as LedgerCohort
+from common.privacy.ledger import Ledger, LedgerEntry
+from common.privacy.mechanism import DpSgd, Plan
+from common.protocol.messages import (
+    EnrolOrder,
+    NoisedHistogram,
+    ScoreOrder,
+    SegmenterSource,
+    StatementOrder,
+    TrainOrder,
+    UtilityOrder,
+    UtilityReply,
+)
+from common.settings.load import study_digest, study_json
+from common.settings.site import OrderKind, PhantomSource, SitePolicy, SiteSettings
+from common.settings.study import PhantomKind, Study
+from common.telemetry.events import Observer
+
+NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+PURPOSE = "testing the rules of a site"
+
+STUDY = Study.model_validate(
+    {
+        "study": "tiny",
+        "purpose": PURPOSE,
+        "family": "wgan",
+        "modality": "angio",
+        "labels": {1: "vessel"},
+        "grid": {"shape": (16, 16, 16), "spacing_mm": (1.0, 1.0, 1.0)},
+        "intensity": {"kind": "robust", "low": 1.0, "high": 99.0},
+        "privacy": {
+            "target_epsilon": 3.0,
+            "delta": 1e-4,
+            "sampling_probability": 0.25,
+            "reference_patients": 20,
+            "epsilon_cap": 40.0,
+        },
+        "training": {
+            "rounds": 4,
+            "critic_steps_per_round": 2,
+            "critic_steps_per_generator_step": 1,
+            "fake_batch": 2,
+            "latent_size": 4,
+            "generator_width": 8,
+            "critic_width": 2,
+        },
+        "warm_start": {"phantom": PhantomKind.VESSELS, "volumes": 16, "steps": 0},
+        "federation": {"minimum_patients": 4},
+        "audit": {"volumes": 16},
+    }
+)
+STUDY_DIGEST = study_digest(STUDY)
+GENERATOR = weights_of(build_generator(STUDY))
+CRITIC = weights_of(build_critic(STUDY))
+AUDIT_PLAN = make_plan(STUDY, ("site-1",))
+
+
+def plan(study: Study = STUDY, *, noise: float = 3.0) -> Plan:
+    """The study's plan, with a noise that keeps its target for certain (calibration would take seconds)."""
+    privacy, training = study.privacy, study.training
+    steps = training.rounds * training.critic_steps_per_round
+    return Plan(
+        mechanism=DpSgd(noise_multiplier=noise, sampling_probability=privacy.sampling_probability, steps=steps),
+        clip_norm=privacy.clip_norm,
+        divisor=privacy.sampling_probability * privacy.reference_patients,
+        steps_per_round=training.critic_steps_per_round,
+        rounds=training.rounds,
+        target_epsilon=privacy.target_epsilon,
+        delta=privacy.delta,
+    )
+
+
+def nudged(weights: Weights, by: float) -> Weights:
+    """The weights, all a little larger."""
+    return Weights({name: array + np.float32(by) for name, array in weights.arrays.items()})
+
+
+def enrol_order(study: Study = STUDY, **changes: object) -> EnrolOrder:
+    facts = {
+        "study_json": study_json(study),
+        "study_digest": study_digest(study),
+        "public_critic": CRITIC,
+        "public_generator": GENERATOR,
+    }
+    return EnrolOrder(**{**facts, **changes})
+
+
+def train_order(number: int = 1, **changes: object) -> TrainOrder:
+    weights = changes.pop("weights", nudged(GENERATOR, 0.01 * number))
+    facts = {
+        "study_digest": STUDY_DIGEST,
+        "round": number,
+        "weights": weights,
+        "weights_digest": weights.digest,
+        "plan": plan(),
+        "deadline_s": 60.0,
+    }
+    return TrainOrder(**{**facts, **changes})
+
+
+def score_order(**changes: object) -> ScoreOrder:
+    weights = changes.pop("weights", nudged(GENERATOR, 0.5))
+    audit_plan = changes.pop("plan", AUDIT_PLAN)
+    facts = {
+        "study_digest": STUDY_DIGEST,
+        "weights": weights,
+        "weights_digest": weights.digest,
+        "reference_digest": GENERATOR.digest,
+        "audit_plan_json": audit_plan.to_json(),
+        "audit_plan_digest": audit_plan.digest,
+        "seed": 7,
+        "volumes": audit_plan.volumes,
+    }
+    return ScoreOrder(**{**facts, **changes})
+
+
+def utility_order(source: SegmenterSource = SegmenterSource.SYNTHETIC, **changes: object) -> UtilityOrder:
+    facts = {
+        "study_digest": STUDY_DIGEST,
+        "source": source,
+        "segmenter": None if source is SegmenterSource.REAL else Weights({"w": np.zeros(2, np.float32)}),
+        "training_steps": STUDY.utility.training_steps,
+        "seed": 7,
+    }
+    return UtilityOrder(**{**facts, **changes})
+
+
+def statement_order() -> StatementOrder:
+    return StatementOrder(study_digest=STUDY_DIGEST)
+
+
+def policy(**changes: object) -> SitePolicy:
+    """A policy that allows the tiny study and everything it asks for."""
+    facts = {
+        "studies": (STUDY_DIGEST,),
+        "purposes": (PURPOSE,),
+        "orders": tuple(OrderKind),
+        "epsilon_cap": 40.0,
+        "delta_cap": 1e-4,
+        "minimum_noise": 1.0,
+        "maximum_steps": 100,
+        "minimum_patients": 2,
+        "simulation": True,
+        "expires": date(2027, 1, 1),
+    }
+    return SitePolicy(**{**facts, **changes})
+
+
+@dataclass
+class QuickWork:
+    """Work that takes no time and keeps a list of what it was asked; its answers are those of real work in form.
+
+    fails: raised instead of training. twist: makes something undeclared of the trained weights.
+    """
+
+    patients: int = 30
+    fails: BaseException | None = None
+    twist: float = 0.0
+    extra_array: bool = False
+    calls: list[str] = field(default_factory=list)
+    kept: list[Mapping[str, Tensor] | None] = field(default_factory=list)
+
+    def as_site_work(self) -> SiteWork:
+        return SiteWork(patients=self._patients, train=self._train, score=self._score, utility=self._utility)
+
+    def _patients(self, settings: SiteSettings, study: Study, observer: Observer) -> dict[str, NDArray[np.float16]]:
+        self.calls.append("patients")
+        return {f"p{i:03d}": np.zeros((1, 2, *study.grid.shape), np.float16) for i in range(self.patients)}
+
+    def _train(
+        self, order: TrainOrder, task: Task, kept: Mapping[str, Tensor] | None
+    ) -> tuple[Weights, Mapping[str, Tensor]]:
+        self.calls.append(f"train {order.round}")
+        self.kept.append(kept)
+        if self.fails is not None:
+            raise self.fails
+        before = 0.0 if kept is None else float(kept["critic"][0])
+        noise = float(task.stream.normal(1)[0])
+        arrays = dict(nudged(order.weights, noise).arrays)
+        if self.extra_array:
+            arrays["critic.weight"] = np.ones(3, np.float32)
+        return Weights(arrays), {"critic": torch.tensor([before + noise, float(order.round)])}
+
+    def _score(self, order: ScoreOrder, task: Task, audit_plan: AuditPlan) -> tuple[NoisedHistogram, ...]:
+        self.calls.append("score")
+        return tuple(
+            NoisedHistogram(
+                endpoint=endpoint.name.value,
+                group=group.value,
+                counts=tuple(int(n) for n in task.stream.discrete_laplace(endpoint.bins, 0.1)),
+                epsilon=audit_plan.epsilon_per_answer,
+            )
+            for endpoint in audit_plan.endpoints
+            for group in Group
+        )
+
+    def _utility(self, order: UtilityOrder, task: Task) -> UtilityReply:
+        self.calls.append(f"utility {order.source}")
+        exact = order.source is SegmenterSource.REAL
+        return UtilityReply(
+            study_digest=order.study_digest,
+            source=order.source,
+            dice_sum=(3.5,),
+            patients=10.0,
+            exact=exact,
+            epsilon=None if exact else task.study.utility.epsilon_per_answer,
+        )
+
+
+def settings(folder: Path, **changes: object) -> SiteSettings:
+    facts = {
+        "site": "site-1",
+        "data": PhantomSource(kind=PhantomKind.VESSELS, patients=30, seed=1, site=1),
+        "state": folder / "state",
+        "simulation_seed": 5,
+    }
+    return SiteSettings(**{**facts, **changes})
+
+
+def open_site(
+    folder: Path,
+    work: QuickWork | None = None,
+    *,
+    allowed: SitePolicy | None = None,
+    now: datetime = NOW,
+    **changes: object,
+) -> Site:
+    """A site in `folder`; opened twice, it is the same site after a restart."""
+    return Site(
+        settings(folder, **changes),
+        allowed or policy(),
+        ledger_file=folder / "ledger.sqlite",
+        work=(work or QuickWork()).as_site_work(),
+        now=lambda: now,
+    )
+
+
+def spent(folder: Path, cohort: LedgerCohort | None = None) -> tuple[LedgerEntry, ...]:
+    """What the site's ledger holds."""
+    return Ledger(folder / "ledger.sqlite", epsilon_cap=1e9, delta=1e-4, research=True).entries(cohort=cohort)
+
+
+def site_log(folder: Path) -> str:
+    return (folder / "state" / "site.log").read_text()

@@ -1,0 +1,148 @@
+"""Default deny: every line of a policy refuses when it should, and the hospital's line wins."""
+
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta, timezone
+
+import pytest
+from small_site import NOW, STUDY, STUDY_DIGEST, enrol_order, plan, policy, statement_order, train_order, utility_order
+
+from client.policy import check, study_facts
+from common.errors import PolicyRefusal
+from common.privacy.calibration import calibrate
+from common.privacy.mechanism import DpSgd, Unit
+from common.protocol.messages import SegmenterSource
+from common.settings.site import OrderKind, SitePolicy
+from common.settings.study import Study
+
+
+def study_with(section: str, **changes: object) -> Study:
+    body = STUDY.model_dump()
+    return Study.model_validate({**body, section: {**body[section], **changes}})
+
+
+def ask(order=None, *, allowed: SitePolicy | None = None, study: Study = STUDY, now: datetime = NOW, simulated=True):
+    check(order or train_order(), policy=allowed or policy(), study=study, now=now, simulated=simulated)
+
+
+def test_order_within_the_policy_is_allowed():
+    for order in (enrol_order(), train_order(), utility_order(), statement_order()):
+        ask(order)
+
+
+def test_empty_policy_allows_nothing():
+    empty = SitePolicy(
+        epsilon_cap=1e9,
+        delta_cap=0.09,
+        minimum_noise=0.0,
+        maximum_steps=10**9,
+        minimum_patients=2,
+        simulation=True,
+        expires=date(2099, 1, 1),
+    )
+    for order in (enrol_order(), train_order(), utility_order(), statement_order()):
+        with pytest.raises(PolicyRefusal, match=r"orders.*studies.*purposes"):
+            ask(order, allowed=empty)
+
+
+@pytest.mark.parametrize(
+    ("changes", "objection"),
+    [
+        ({"studies": ("0" * 64,)}, "`studies` does not name"),
+        ({"purposes": ("something else",)}, "`purposes`"),
+        ({"orders": (OrderKind.ENROL,)}, "`orders` does not name 'train'"),
+        ({"epsilon_cap": 2.99}, "above `epsilon_cap`"),
+        ({"delta_cap": 9e-5}, "above `delta_cap`"),
+        ({"minimum_noise": 3.01}, "below `minimum_noise`"),
+        ({"maximum_steps": 7}, "above `maximum_steps`"),
+        ({"simulation": False}, "seeded"),
+        ({"expires": date(2026, 11, 19)}, "expired"),
+    ],
+)
+def test_each_line_of_the_policy_refuses(changes, objection):
+    with pytest.raises(PolicyRefusal, match=objection):
+        ask(allowed=policy(**changes))
+
+
+def test_policy_ends_after_its_last_day_in_utc():
+    allowed = policy(expires=date(2026, 11, 20))
+    ask(allowed=allowed, now=datetime(2026, 11, 20, 23, 59, tzinfo=UTC))
+    ask(allowed=allowed, now=datetime(2026, 11, 21, 1, 0, tzinfo=timezone(timedelta(hours=2))))
+    with pytest.raises(PolicyRefusal, match="expired"):
+        ask(allowed=allowed, now=datetime(2026, 11, 21, 0, 0, tzinfo=UTC))
+
+
+def test_real_randomness_needs_no_permission():
+    ask(allowed=policy(simulation=False), simulated=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"clip_norm": 100.0},
+        {"divisor": 1.0},
+        {"delta": 1e-3},
+        {"target_epsilon": 30.0},
+        {"rounds": 8, "steps_per_round": 1},
+        {"mechanism": DpSgd(noise_multiplier=3.0, sampling_probability=0.9, steps=8)},
+    ],
+)
+def test_plan_that_is_not_the_approved_studys_is_refused(changes):
+    with pytest.raises(PolicyRefusal, match="is not the study's"):
+        ask(train_order(plan=replace(plan(), **changes)))
+
+
+def test_plan_of_the_calibration_is_the_studys():
+    study = study_with("privacy", target_epsilon=None)  # no noise: calibrated at once
+    made = calibrate(study.privacy, study.training)
+    assert study_facts(study) == {
+        "target_epsilon": made.target_epsilon,
+        "delta": made.delta,
+        "sampling_probability": made.mechanism.sampling_probability,
+        "clip_norm": made.clip_norm,
+        "divisor": made.divisor,
+        "rounds": made.rounds,
+        "steps_per_round": made.steps_per_round,
+    }
+
+
+def test_plan_that_spends_more_than_it_says_is_refused():
+    with pytest.raises(PolicyRefusal, match="more than the target"):
+        ask(train_order(plan=plan(noise=0.5)), allowed=policy(minimum_noise=0.0))
+
+
+def test_plan_that_protects_patches_instead_of_patients_is_refused():
+    mechanism = replace(plan().mechanism, unit=Unit.PATCH)
+    with pytest.raises(PolicyRefusal, match="not a patient"):
+        ask(train_order(plan=replace(plan(), mechanism=mechanism)))
+
+
+def test_training_without_noise_needs_research():
+    study = study_with("privacy", target_epsilon=None)
+    order = train_order(plan=plan(study, noise=0.0))
+    with pytest.raises(PolicyRefusal, match=r"research_answers.*minimum_noise"):
+        ask(order, study=study)
+    ask(order, study=study, allowed=policy(research_answers=True))
+
+
+def test_research_does_not_lower_the_noise_of_a_private_plan():
+    with pytest.raises(PolicyRefusal, match="below `minimum_noise`"):
+        ask(allowed=policy(research_answers=True, minimum_noise=3.01))
+
+
+def test_exact_answer_needs_research():
+    order = utility_order(SegmenterSource.REAL)
+    with pytest.raises(PolicyRefusal, match="exact answer"):
+        ask(order)
+    ask(order, allowed=policy(research_answers=True))
+
+
+def test_utility_with_another_number_of_steps_is_refused():
+    with pytest.raises(PolicyRefusal, match="segmenter steps"):
+        ask(utility_order(training_steps=10**9))
+
+
+def test_every_objection_is_named_at_once_and_the_study_only_by_its_digest():
+    with pytest.raises(PolicyRefusal) as refused:
+        ask(allowed=policy(studies=(), orders=(), expires=date(2026, 1, 1)))
+    for words in ("expired", "`orders`", "`studies`", STUDY_DIGEST[:16]):
+        assert words in str(refused.value)

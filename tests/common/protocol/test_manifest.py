@@ -1,0 +1,244 @@
+"""What is not declared does not leave."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from common.generator.weights import Weights
+from common.measure.audit_plan import AuditPlan, Endpoint, EndpointPlan, Group
+from common.privacy.mechanism import DpSgd, ExactAnswer, NoisedCounts, Plan, Unit
+from common.protocol.manifest import check_reply, objections
+from common.protocol.messages import (
+    EnrolOrder,
+    EnrolReply,
+    NoisedHistogram,
+    RefusalCode,
+    RefusalReply,
+    ScoreOrder,
+    ScoreReply,
+    SegmenterSource,
+    StatementOrder,
+    StatementReply,
+    TrainOrder,
+    TrainReply,
+    UtilityOrder,
+    UtilityReply,
+)
+
+STUDY = "5" * 64
+HEX = "a" * 64
+WEIGHTS = Weights({"stem.weight": np.ones((2, 3), np.float32), "stem.bias": np.zeros(2, np.float32)})
+AUDIT = AuditPlan(
+    score_version=1,
+    study="tiny",
+    sites=(),
+    quorum=2,
+    endpoints=(
+        EndpointPlan(name=Endpoint.NEAR_COPY, edges=(0.0, 0.5, 1.0)),
+        EndpointPlan(name=Endpoint.NEAREST, edges=(0.0, 1.0)),
+    ),
+    volumes=16,
+    calibration_volumes=16,
+    epsilon_per_answer=1.0,
+    planted_fraction=0.05,
+    false_positive_rate=0.01,
+    confidence=0.95,
+    control_confidence=0.995,
+    copy_confidence=0.99,
+    expected_members=20,
+    expected_nonmembers=10,
+)
+PLAN = Plan(
+    mechanism=DpSgd(noise_multiplier=1.0, sampling_probability=0.1, steps=4),
+    clip_norm=1.0,
+    divisor=2.0,
+    steps_per_round=2,
+    rounds=2,
+    target_epsilon=3.0,
+    delta=1e-5,
+)
+
+ENROL = (
+    EnrolOrder(study_json="{}", study_digest=STUDY, public_critic=None, public_generator=WEIGHTS),
+    EnrolReply(study_digest=STUDY, holdout_commitment=HEX, policy_digest=HEX, code_digest=HEX, simulated=True),
+)
+TRAIN = (
+    TrainOrder(study_digest=STUDY, round=2, weights=WEIGHTS, weights_digest=WEIGHTS.digest, plan=PLAN, deadline_s=60.0),
+    TrainReply(study_digest=STUDY, round=2, weights=WEIGHTS, weights_digest=WEIGHTS.digest),
+)
+HISTOGRAMS = tuple(
+    NoisedHistogram(endpoint=e.name.value, group=g.value, counts=(5, -2, 0, 9)[: e.bins], epsilon=1.0)
+    for e in AUDIT.endpoints
+    for g in Group
+)
+SCORE = (
+    ScoreOrder(
+        study_digest=STUDY,
+        weights=WEIGHTS,
+        weights_digest=WEIGHTS.digest,
+        reference_digest=HEX,
+        audit_plan_json=AUDIT.to_json(),
+        audit_plan_digest=AUDIT.digest,
+        seed=1,
+        volumes=16,
+    ),
+    ScoreReply(
+        study_digest=STUDY, weights_digest=WEIGHTS.digest, audit_plan_digest=AUDIT.digest, histograms=HISTOGRAMS
+    ),
+)
+UTILITY = (
+    UtilityOrder(study_digest=STUDY, source=SegmenterSource.PHANTOM, segmenter=WEIGHTS, training_steps=10, seed=1),
+    UtilityReply(
+        study_digest=STUDY,
+        source=SegmenterSource.PHANTOM,
+        dice_sum=(3.5 + 1 / 2048, 0.25),
+        patients=9.0,
+        exact=False,
+        epsilon=1.0,
+    ),
+)
+REAL = (
+    replace(UTILITY[0], source=SegmenterSource.REAL, segmenter=None),
+    replace(UTILITY[1], source=SegmenterSource.REAL, exact=True, epsilon=None),
+)
+STATEMENT = (
+    StatementOrder(study_digest=STUDY),
+    StatementReply(
+        study_digest=STUDY,
+        members=(PLAN.one_round, NoisedCounts(epsilon=1.0)),
+        nonmembers=(ExactAnswer(question="utility.real"),),
+        ledger_head=HEX,
+    ),
+)
+PAIRS = (ENROL, TRAIN, SCORE, UTILITY, REAL, STATEMENT)
+REFUSED = RefusalReply(code=RefusalCode.INTERNAL)
+
+
+def checked(order, reply):
+    return check_reply(reply, order=order, shapes=WEIGHTS.shapes, labels=2)
+
+
+@pytest.mark.parametrize(("order", "reply"), PAIRS)
+def test_declared_reply_leaves_as_it_is(order, reply):
+    assert checked(order, reply) is reply
+
+
+@pytest.mark.parametrize(("order", "_reply"), PAIRS)
+def test_refusal_leaves_whatever_was_asked(order, _reply):
+    refusal = RefusalReply(code=RefusalCode.BUDGET)
+    assert checked(order, refusal) is refusal
+
+
+def test_reply_to_another_order_is_refused():
+    for order, _ in PAIRS:
+        for _, reply in PAIRS:
+            if type(reply).__name__.removesuffix("Reply") != type(order).__name__.removesuffix("Order"):
+                assert checked(order, reply) == REFUSED
+
+
+@pytest.mark.parametrize(("order", "reply"), PAIRS)
+def test_reply_about_another_study_is_refused(order, reply):
+    assert checked(order, replace(reply, study_digest="6" * 64)) == REFUSED
+
+
+@pytest.mark.parametrize("field", ["holdout_commitment", "policy_digest", "code_digest"])
+@pytest.mark.parametrize("text", ["", "a" * 63, "a" * 65, "A" * 64, HEX + "\n", "/data/DOE_JANE"])
+def test_enrolment_holds_digests_and_nothing_else(field, text):
+    assert checked(ENROL[0], replace(ENROL[1], **{field: text})) == REFUSED
+
+
+def train_reply(arrays, **changes):
+    weights = Weights(arrays)
+    facts = {"study_digest": STUDY, "round": 2, "weights": weights, "weights_digest": weights.digest}
+    return TrainReply(**{**facts, **changes})
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        train_reply({**WEIGHTS.arrays, "critic.weight": np.ones(3, np.float32)}),
+        train_reply({"stem.weight": WEIGHTS.arrays["stem.weight"]}),
+        train_reply({"stem.weight": np.ones((3, 2), np.float32), "stem.bias": np.zeros(2, np.float32)}),
+        train_reply({"stem.weights": np.ones((2, 3), np.float32), "stem.bias": np.zeros(2, np.float32)}),
+        train_reply(WEIGHTS.arrays, weights_digest=HEX),
+        train_reply(WEIGHTS.arrays, round=1),
+    ],
+    ids=["extra", "missing", "shape", "name", "digest", "round"],
+)
+def test_generator_that_is_not_the_agreed_one_is_refused(reply):
+    assert checked(TRAIN[0], reply) == REFUSED
+
+
+def with_histogram(**changes):
+    return replace(SCORE[1], histograms=(replace(HISTOGRAMS[0], **changes), *HISTOGRAMS[1:]))
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        with_histogram(counts=(1, 2, 3)),
+        with_histogram(counts=(1, 2, 3, 4, 5)),
+        with_histogram(counts=(1, 2, 3, 0.5)),
+        with_histogram(counts=(1, 2, 3, 10**9)),
+        with_histogram(counts=(1, 2, 3, True)),
+        with_histogram(group="DOE_JANE"),
+        with_histogram(endpoint="loss"),
+        with_histogram(epsilon=0.5),
+        replace(SCORE[1], histograms=HISTOGRAMS[1:]),
+        replace(SCORE[1], histograms=(*HISTOGRAMS, HISTOGRAMS[0])),
+        replace(SCORE[1], weights_digest=HEX),
+        replace(SCORE[1], audit_plan_digest=HEX),
+    ],
+)
+def test_histograms_that_are_not_the_plans_are_refused(reply):
+    assert checked(SCORE[0], reply) == REFUSED
+
+
+def test_answer_to_an_unreadable_plan_is_refused():
+    assert checked(replace(SCORE[0], audit_plan_json="{}"), SCORE[1]) == REFUSED
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"source": SegmenterSource.SYNTHETIC},
+        {"dice_sum": (3.5,)},
+        {"dice_sum": (3.5, 0.25, 0.5)},
+        {"dice_sum": (3.5, 0.1)},
+        {"dice_sum": (3.5, math.nan)},
+        {"dice_sum": (3.5, math.inf)},
+        {"patients": 1e12},
+        {"patients": 0.3},
+        {"exact": True},
+        {"epsilon": None},
+        {"exact": True, "epsilon": None},
+        {"epsilon": 0.0},
+        {"epsilon": -1.0},
+    ],
+)
+def test_utility_off_its_grid_or_with_another_price_is_refused(changes):
+    assert checked(UTILITY[0], replace(UTILITY[1], **changes)) == REFUSED
+
+
+def test_answer_about_a_segmenter_trained_at_home_says_that_it_is_exact():
+    assert checked(REAL[0], replace(REAL[1], exact=False, epsilon=1.0)) == REFUSED
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ledger_head": "/data/ledger.sqlite"},
+        {"members": (ExactAnswer(question="scans of DOE, JANE"),)},
+        {"nonmembers": (DpSgd(noise_multiplier=1.0, sampling_probability=0.1, steps=1, unit=Unit.PATCH),)},
+        {"members": ("noise",)},
+    ],
+)
+def test_statement_holds_mechanisms_and_nothing_else(changes):
+    assert checked(STATEMENT[0], replace(STATEMENT[1], **changes)) == REFUSED
+
+
+def test_objections_are_for_the_sites_own_log():
+    found = objections(train_reply(WEIGHTS.arrays, round=1), order=TRAIN[0], shapes=WEIGHTS.shapes)
+    assert found == ["round 1 is not the order's 2"]
