@@ -111,7 +111,7 @@ class TrainingSettings(Settings):
     critic_learning_rate: Positive = 5e-4
     generator_learning_rate: Positive = 2e-4
     latent_size: Annotated[int, Field(ge=4)] = 64
-    generator_width: Annotated[int, Field(ge=4)] = 64
+    generator_width: Annotated[int, Field(ge=8, multiple_of=8)] = 64
     critic_width: Annotated[int, Field(ge=2)] = 8
     generator_ema: Annotated[float, Field(ge=0, lt=1)] = 0.98
 
@@ -172,7 +172,7 @@ class UtilitySettings(Settings):
     epsilon_per_answer: pure epsilon that each answer costs held-out patients.
     """
 
-    training_steps: Annotated[int, Field(ge=0)] = 150
+    training_steps: Annotated[int, Field(ge=0)] = 300
     volumes: Annotated[int, Field(ge=8)] = 256
     epsilon_per_answer: Positive = 1.0
 

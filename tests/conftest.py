@@ -1,0 +1,1 @@
+"""Makes modules that lie beside this file importable by tests of every folder."""

@@ -1,0 +1,280 @@
+"""What an attacker may try on a bundle, and what verification answers. Every answer names the file."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import UsageError, VerificationFailed
+from common.evidence.canonical import canonical_json, sha256_hex
+from common.evidence.predicate import Outcome
+from common.evidence.signing import fingerprint, parse_envelope, public_pem, seal
+from common.evidence.verification import verify_bundle
+
+NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+LATER = NOW + timedelta(days=1)
+ATTESTATION = "attestation.dsse.json"
+
+
+@pytest.fixture
+def bundle(released: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(released, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def refusal(refused: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(refused, tmp_path / "refusal"))
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def fails(folder: Path, words: str, **arguments: Any) -> None:
+    with pytest.raises(VerificationFailed, match=words):
+        verify_bundle(folder, **{"trusted_key": None, "now": LATER, **arguments})
+
+
+def sign_again(folder: Path, change: Callable[[dict[str, Any]], None], key: Ed25519PrivateKey | None = None) -> None:
+    """What the auditor, or a thief of the key, could do: change files or statement and sign everything anew."""
+    key = key or Ed25519PrivateKey.generate()
+    statement = json.loads(parse_envelope((folder / ATTESTATION).read_bytes(), ATTESTATION).payload)
+    (folder / "auditor.pub.pem").write_bytes(public_pem(key.public_key()))
+    digests = {
+        path.relative_to(folder).as_posix(): sha256_hex(path.read_bytes())
+        for path in files_of(folder)
+        if path.name not in {ATTESTATION, "manifest.json"}
+    }
+    (folder / "manifest.json").write_text(json.dumps({"schema_version": 1, "sha256": digests}))
+    digests["manifest.json"] = sha256_hex((folder / "manifest.json").read_bytes())
+    statement["subject"] = [{"name": name, "digest": {"sha256": digests[name]}} for name in sorted(digests)]
+    change(statement)
+    (folder / ATTESTATION).write_bytes(seal(canonical_json(statement), key))
+
+
+def nothing(statement: dict[str, Any]) -> None:
+    """Sign again without a change."""
+
+
+def test_a_release_verifies(released: Path):
+    verified = verify_bundle(released, trusted_key=None, now=LATER)
+    assert verified.outcome is Outcome.RELEASE
+    assert verified.files == len(files_of(released))
+    assert not verified.pinned
+
+
+def test_a_refusal_verifies_as_a_refusal(refused: Path):
+    assert verify_bundle(refused, trusted_key=None, now=LATER).outcome is Outcome.INCONCLUSIVE
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("kind", ["released", "refused"])
+def test_one_flipped_bit_anywhere_is_found_and_the_file_named(
+    kind: str, data: st.DataObject, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+):
+    folder: Path = request.getfixturevalue(kind)
+    path = data.draw(st.sampled_from(files_of(folder)))
+    good = path.read_bytes()
+    bad = bytearray(good)
+    bad[data.draw(st.integers(0, len(good) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        path.write_bytes(bytes(bad))
+        fails(folder, re.escape(path.relative_to(folder).as_posix()))
+    finally:
+        path.write_bytes(good)
+
+
+def test_every_bit_of_the_public_key_counts(bundle: Path):
+    path = bundle / "auditor.pub.pem"
+    good = path.read_bytes()
+    for at in range(len(good)):
+        bad = bytearray(good)
+        bad[at] ^= 1 << at % 8
+        path.write_bytes(bytes(bad))
+        fails(bundle, r"auditor\.pub\.pem")
+
+
+def test_every_missing_file_is_named(released: Path, tmp_path: Path):
+    for number, path in enumerate(files_of(released)):
+        name = path.relative_to(released)
+        copy = Path(shutil.copytree(released, tmp_path / str(number)))
+        (copy / name).unlink()
+        fails(copy, re.escape(f"{name.as_posix()}: is missing"))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "sub-synth00001/anat/.DS_Store", "new/deep/file", "ähm"])
+def test_an_extra_file_is_named(bundle: Path, name: str):
+    (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+    (bundle / name).write_bytes(b"x")
+    fails(bundle, re.escape(f"{name}: is not part of what was signed"))
+
+
+def test_two_problems_are_both_named(bundle: Path):
+    (bundle / "card.md").unlink()
+    (bundle / "README").write_text("changed")
+    fails(bundle, r"(?s)card\.md: is missing.*README: was changed")
+
+
+def test_swapped_volumes_are_found(bundle: Path):
+    a, b = sorted(bundle.glob("sub-*/anat/*angio.nii.gz"))
+    first = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(first)
+    fails(bundle, re.escape(a.name))
+
+
+def test_a_link_is_refused_even_when_it_leads_to_the_right_bytes(bundle: Path, tmp_path: Path):
+    outside = tmp_path / "card.md"
+    shutil.move(bundle / "card.md", outside)
+    (bundle / "card.md").symlink_to(outside)
+    fails(bundle, r"card\.md: is a link")
+
+
+def test_a_linked_folder_is_refused(bundle: Path, tmp_path: Path):
+    shutil.move(bundle / "sub-synth00001", tmp_path / "elsewhere")
+    (bundle / "sub-synth00001").symlink_to(tmp_path / "elsewhere")
+    fails(bundle, "sub-synth00001: is a link")
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(bundle: Path):
+    os.mkfifo(bundle / "pipe")
+    fails(bundle, "pipe: is a special file")
+
+
+def test_a_file_name_cannot_steer_the_terminal(bundle: Path):
+    (bundle / "\x1b[2Jx").write_bytes(b"x")
+    fails(bundle, re.escape(r"'\x1b[2Jx': is not part"))
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../b", "./a", "a//b", "a\\b", "", "a\0b"])
+def test_a_subject_outside_of_the_bundle_is_refused(bundle: Path, name: str):
+    def add(statement: dict[str, Any]) -> None:
+        statement["subject"] = sorted(
+            [*statement["subject"], {"name": name, "digest": {"sha256": "0" * 64}}], key=lambda s: str(s["name"])
+        )
+
+    sign_again(bundle, add)
+    fails(bundle, r"attestation\.dsse\.json: .*(outside|subject)")
+
+
+def test_a_subject_named_twice_is_refused(bundle: Path):
+    sign_again(bundle, lambda statement: statement["subject"].insert(0, statement["subject"][0]))
+    fails(bundle, r"attestation\.dsse\.json: its subjects are repeated")
+
+
+def test_everything_signed_anew_by_somebody_else_passes_only_without_the_auditors_key(released: Path, bundle: Path):
+    trusted = (released / "auditor.pub.pem").read_bytes()
+    assert verify_bundle(bundle, trusted_key=trusted, now=LATER).pinned
+    thief = Ed25519PrivateKey.generate()
+    sign_again(bundle, nothing, thief)
+    assert verify_bundle(bundle, trusted_key=None, now=LATER).key_fingerprint == fingerprint(thief.public_key())
+    fails(bundle, r"auditor\.pub\.pem: .*signed by somebody else", trusted_key=trusted)
+
+
+def test_a_replaced_key_without_a_new_signature_is_found(bundle: Path):
+    (bundle / "auditor.pub.pem").write_bytes(public_pem(Ed25519PrivateKey.generate().public_key()))
+    fails(bundle, r"auditor\.pub\.pem: the signature does not hold")
+
+
+def test_a_trusted_key_that_is_no_key_is_refused(released: Path):
+    fails(released, "the trusted key: holds no readable", trusted_key=b"nonsense")
+
+
+def test_a_signed_statement_of_another_kind_is_refused(bundle: Path):
+    sign_again(bundle, lambda statement: statement.update(predicateType="https://slsa.dev/provenance/v1"))
+    fails(bundle, "not a release statement")
+
+
+def test_an_unknown_field_in_the_signed_decision_is_refused(bundle: Path):
+    sign_again(bundle, lambda statement: statement["predicate"]["decision"].update(note="trust me"))
+    fails(bundle, "not a release statement")
+
+
+def test_a_rejection_turned_into_a_release_contradicts_its_own_id(refusal: Path):
+    sign_again(refusal, lambda statement: statement["predicate"]["decision"].update(outcome="RELEASE", reasons=[]))
+    fails(refusal, r"attestation\.dsse\.json: its decision does not have the id")
+
+
+def test_a_changed_epsilon_in_the_card_is_found_even_when_signed(bundle: Path):
+    card = json.loads((bundle / "card.json").read_text())
+    card["sites"]["site-1"]["members"]["epsilon"] = 0.1
+    (bundle / "card.json").write_text(json.dumps(card))
+    sign_again(bundle, nothing)
+    fails(bundle, r"card\.json: its 'sites' differs")
+
+
+@pytest.mark.parametrize("name", ["report.html", "card.md"])
+def test_a_report_or_card_of_another_decision_is_found_even_when_signed(bundle: Path, name: str):
+    (bundle / name).write_text("everything is fine")
+    sign_again(bundle, nothing)
+    fails(bundle, re.escape(f"{name}: does not carry the id"))
+
+
+def test_another_decision_file_is_found_even_when_signed(bundle: Path):
+    decision = json.loads((bundle / "decision.json").read_text())
+    decision["decision"]["simulated"] = False
+    (bundle / "decision.json").write_text(json.dumps(decision))
+    sign_again(bundle, nothing)
+    fails(bundle, r"decision\.json: does not say what was signed")
+
+
+def test_a_shortened_evidence_chain_is_found_even_when_signed(bundle: Path):
+    lines = (bundle / "evidence.jsonl").read_bytes().splitlines(keepends=True)
+    (bundle / "evidence.jsonl").write_bytes(b"".join(lines[:-1]))
+    sign_again(bundle, nothing)
+    fails(bundle, r"evidence\.jsonl: does not end at the signed head")
+
+
+def test_a_wrong_manifest_is_found_even_when_signed(bundle: Path):
+    def swap(statement: dict[str, Any]) -> None:
+        (bundle / "manifest.json").write_text('{"schema_version": 1, "sha256": {}}')
+        for subject in statement["subject"]:
+            if subject["name"] == "manifest.json":
+                subject["digest"]["sha256"] = sha256_hex((bundle / "manifest.json").read_bytes())
+
+    sign_again(bundle, swap)
+    fails(bundle, r"manifest\.json: does not list")
+
+
+def test_a_refusal_that_carries_volumes_or_weights_is_refused(released: Path, refusal: Path):
+    shutil.copytree(released / "sub-synth00001", refusal / "sub-synth00001")
+    shutil.copy(released / "generator.safetensors", refusal)
+    sign_again(refusal, nothing)
+    fails(refusal, r"(?s)generator\.safetensors: does not belong.*nii\.gz: does not belong in a refusal")
+
+
+def test_a_release_without_generator_is_refused(bundle: Path):
+    (bundle / "generator.safetensors").unlink()
+    sign_again(bundle, nothing)
+    fails(bundle, r"generator\.safetensors: is missing from a release")
+
+
+def test_an_expired_release_fails_with_its_date_and_not_a_moment_before(released: Path):
+    expiry = NOW + timedelta(days=365)
+    assert verify_bundle(released, trusted_key=None, now=expiry - timedelta(seconds=1)).outcome is Outcome.RELEASE
+    fails(released, "expired on 2027-11-20", now=expiry)
+
+
+def test_a_release_from_the_future_fails(released: Path):
+    fails(released, "ahead of this computer's clock", now=NOW - timedelta(seconds=1))
+
+
+def test_a_refusal_does_not_expire(refused: Path):
+    later = NOW + timedelta(days=4000)
+    assert verify_bundle(refused, trusted_key=None, now=later).outcome is Outcome.INCONCLUSIVE
+
+
+def test_an_empty_folder_and_a_path_that_is_none_are_told_apart(tmp_path: Path):
+    fails(tmp_path, r"(?s)attestation\.dsse\.json: is missing.*auditor\.pub\.pem: is missing")
+    with pytest.raises(UsageError, match="is not a folder"):
+        verify_bundle(tmp_path / "nowhere", trusted_key=None, now=LATER)
