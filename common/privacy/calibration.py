@@ -1,0 +1,94 @@
+"""From a privacy target to the plan that training accepts: the least noise that keeps the promise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+from scipy.optimize import brentq
+
+from common.errors import SettingsError
+from common.privacy.accounting import epsilon, epsilon_rdp
+from common.privacy.mechanism import DpSgd, Plan
+from common.settings.load import privacy_problems
+from common.settings.study import PrivacySettings, TrainingSettings
+
+NOISE_SMALLEST = 0.2  # protects nobody, and below it the accountants crawl; a laxer target gets this much noise
+NOISE_LARGEST = 1000.0  # above this a step carries no signal; a target that needs more is refused
+TOLERANCE = 1e-3  # relative, on the noise multiplier
+
+
+def calibrate(privacy: PrivacySettings, training: TrainingSettings) -> Plan:
+    """The plan of a whole campaign: rounds * critic_steps_per_round noised steps within target_epsilon.
+
+    The noise multiplier is the smallest, to 0.1 % and not below NOISE_SMALLEST, whose epsilon is proven to be
+    at most the target. The noised sum is divided by a public constant, sampling_probability * reference_patients.
+    Without a target the plan has no noise: research only. Takes about 1 s the first time, 5 s for 20 000 steps.
+    Raises SettingsError with every problem when the target cannot be met.
+    """
+    problems = list(privacy_problems(privacy))
+    if problems:
+        raise SettingsError("\n".join(f"privacy target: {problem}" for problem in problems))
+    steps = training.rounds * training.critic_steps_per_round
+    noise = 0.0
+    if privacy.target_epsilon is not None:
+        noise = _least_noise(privacy.target_epsilon, privacy.delta, privacy.sampling_probability, steps)
+    return Plan(
+        mechanism=DpSgd(noise_multiplier=noise, sampling_probability=privacy.sampling_probability, steps=steps),
+        clip_norm=privacy.clip_norm,
+        divisor=privacy.sampling_probability * privacy.reference_patients,
+        steps_per_round=training.critic_steps_per_round,
+        rounds=training.rounds,
+        target_epsilon=privacy.target_epsilon,
+        delta=privacy.delta,
+    )
+
+
+@lru_cache(maxsize=64)
+def _least_noise(target: float, delta: float, probability: float, steps: int) -> float:
+    """Smallest noise multiplier within TOLERANCE whose epsilon upper bound is <= target."""
+
+    def bound(log_noise: float) -> float:
+        return epsilon([_mechanism(log_noise, probability, steps)], delta).upper
+
+    def renyi_bound(log_noise: float) -> float:
+        return epsilon_rdp([_mechanism(log_noise, probability, steps)], delta)
+
+    smallest, largest = math.log(NOISE_SMALLEST), math.log(NOISE_LARGEST)
+    reachable = bound(largest)
+    if reachable > target:
+        raise SettingsError(
+            f"privacy.target_epsilon: {target:g} at delta {delta:g} cannot be kept over {steps} steps at sampling "
+            f"probability {probability:g}: even a noise multiplier of {NOISE_LARGEST:g} costs {reachable:.3g}. "
+            "Nothing was started. Raise target_epsilon, or lower rounds, critic_steps_per_round or "
+            "sampling_probability."
+        )
+    if bound(smallest) <= target:
+        return NOISE_SMALLEST
+    # RDP is cheap and asks for more noise than PRV, so its answer brackets the expensive one from above.
+    high = _root(renyi_bound, target, smallest, largest) + TOLERANCE if renyi_bound(largest) <= target else largest
+    low = high
+    while bound(low) <= target:
+        low, high = max(low - 0.2, smallest), low
+    # Half the tolerance to the safe side: another machine's last digits must not push the plan over its target.
+    log_noise = _root(bound, target, low, high) + TOLERANCE / 2
+    while bound(log_noise) > target:
+        log_noise += TOLERANCE / 4
+    return math.exp(log_noise)
+
+
+def _mechanism(log_noise: float, probability: float, steps: int) -> DpSgd:
+    return DpSgd(noise_multiplier=math.exp(log_noise), sampling_probability=probability, steps=steps)
+
+
+def _root(bound: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """Log noise in [low, high] where the falling `bound` meets the target, to TOLERANCE / 4.
+
+    Both axes are logarithmic, where the curve is almost straight.
+    """
+
+    def distance(log_noise: float) -> float:
+        return math.log(max(bound(log_noise), 1e-12) / target)
+
+    return float(brentq(distance, low, high, xtol=TOLERANCE / 4))

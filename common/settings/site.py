@@ -1,0 +1,109 @@
+"""A hospital's own two files: where its data and state are, and what it allows. Neither ever leaves the site."""
+
+from __future__ import annotations
+
+from datetime import date
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from common.settings.load import load_settings, settings_digest
+from common.settings.study import PhantomKind, Positive, Settings
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class PhantomSource(Settings):
+    """Patients drawn procedurally instead of read from a folder: demo, tests, dummy site.
+
+    patients: how many; seed: of the drawing; site: index of the simulated scanner (0 = neutral, as public data).
+    """
+
+    kind: PhantomKind
+    patients: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0)]
+    site: Annotated[int, Field(ge=0)]
+
+
+class SiteSettings(Settings):
+    """One site's installation.
+
+    data: folder of scans, or phantoms. part: (index, parts) takes only the patients of one share of the folder;
+    for simulation, where several sites read one folder. state: folder for cohort, ledger, critic and replies.
+    simulation_seed: makes the site's randomness repeatable; null on every real site.
+    """
+
+    site: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    data: Path | PhantomSource
+    part: tuple[int, int] | None = None
+    state: Path
+    device: Literal["cpu", "cuda"] = "cpu"
+    simulation_seed: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _part_of_a_folder(self) -> SiteSettings:
+        if self.part is not None:
+            index, parts = self.part
+            if not 0 <= index < parts:
+                raise ValueError(f"part: index {index} must lie in 0..{parts - 1}")
+            if isinstance(self.data, PhantomSource):
+                raise ValueError("part: only a folder is shared out; phantoms are drawn per site")
+        return self
+
+    @property
+    def simulated(self) -> bool:
+        """Whether this site's randomness can be repeated; every artefact must then say so."""
+        return self.simulation_seed is not None
+
+
+class OrderKind(StrEnum):
+    """Orders a policy can allow."""
+
+    ENROL = "enrol"
+    TRAIN = "train"
+    SCORE = "score"
+    UTILITY = "utility"
+    STATEMENT = "statement"
+
+
+class SitePolicy(Settings):
+    """What the hospital allows. Lists are empty by default: nothing is allowed that is not named.
+
+    studies: digests of approved studies. purposes: approved purposes, compared as whole text.
+    epsilon_cap, delta_cap: for one patient cohort over all studies, training and answers together.
+    minimum_noise: smallest noise multiplier of a plan. maximum_steps: largest number of noised steps of one plan.
+    minimum_patients: smallest training cohort. research_answers: allow training without noise and exact
+    answers; simulation: allow seeded randomness. Both are for simulation only. expires: last valid day (UTC).
+    """
+
+    studies: tuple[Digest, ...] = ()
+    purposes: tuple[str, ...] = ()
+    orders: tuple[OrderKind, ...] = ()
+    epsilon_cap: Positive
+    delta_cap: Annotated[float, Field(gt=0, lt=0.1)]
+    minimum_noise: Annotated[float, Field(ge=0)]
+    maximum_steps: Annotated[int, Field(ge=1)]
+    minimum_patients: Annotated[int, Field(ge=2)]
+    research_answers: bool = False
+    simulation: bool = False
+    expires: date
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the policy's canonical JSON."""
+        return settings_digest(self)
+
+
+def load_site(path: Path) -> SiteSettings:
+    """Read site.yaml; relative paths in it are taken from the file's own folder. Raises SettingsError."""
+    settings = load_settings(path, SiteSettings)
+    folder = path.resolve().parent
+    data = settings.data if isinstance(settings.data, PhantomSource) else folder / settings.data
+    return settings.model_copy(update={"data": data, "state": folder / settings.state})
+
+
+def load_policy(path: Path) -> SitePolicy:
+    """Read policy.yaml. Raises SettingsError."""
+    return load_settings(path, SitePolicy)
