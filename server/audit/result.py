@@ -1,0 +1,191 @@
+"""What an audit found: frozen values that the gate decides on and the report shows.
+
+Rates and AUCs are never clipped to [0, 1] (noise may carry an estimate just outside); a renderer may.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import StrEnum
+
+import rfc8785
+from pydantic import TypeAdapter
+
+from common.measure.audit_plan import Endpoint
+from common.measure.intervals import Bound, Interval
+
+
+class Verdict(StrEnum):
+    """FAIL: a leak was shown. PASS: leaks above the thresholds were ruled out. INCONCLUSIVE: neither."""
+
+    PASS = "pass"  # noqa: S105 - a verdict, not a password
+    FAIL = "fail"
+    INCONCLUSIVE = "inconclusive"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteAuc:
+    """AUC of members against non-members of one site; the bounds are one-sided."""
+
+    site: str
+    members: int
+    nonmembers: int
+    auc: Interval
+    lower: Bound
+    upper: Bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class RocPoint:
+    """One point of the pooled ROC at a bin edge, with a pointwise band on the true-positive rate."""
+
+    false_positive_rate: float
+    true_positive_rate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledHistogram:
+    """Noised counts of one group summed over sites: one more count than the endpoint has edges."""
+
+    group: str
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NullControl:
+    """Members against members, in random halves: nothing to find. Its interval must hold 0.5 and exclude max_auc."""
+
+    auc: Interval
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlantedControl:
+    """Non-members of whom `planted_fraction` were copied on purpose, against the same without copies.
+
+    tpr: at the plan's false-positive rate. excess_lower: lower bound on the share found as copies;
+    detected means it is above 0.
+    """
+
+    planted_fraction: float
+    tpr: Interval
+    tpr_lower: Bound
+    excess_lower: Bound
+    detected: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Power:
+    """Smallest share of copied members that this audit finds with `probability`, as a fraction.
+
+    planned: from the plan's public sizes and noise, before unblinding. achieved: from the noised sizes
+    and the noise above the threshold that was used. A value of 1 means that not even copies of all would be found.
+    """
+
+    probability: float
+    planned: float
+    achieved: float
+
+    @property
+    def smallest_copies(self) -> float:
+        """The worse of the two; this is what a release threshold is compared with."""
+        return max(self.planned, self.achieved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointResult:
+    """One score's findings, sites stratified. auc_lower .. tpr_upper are one-sided bounds.
+
+    tpr: at the plan's false-positive rate. copies_lower: lower bound on the share of members that stand
+    out as copies, at the plan's copy confidence; above 0 is a FAIL.
+    edges, histograms: the pooled noised counts, for the report. roc: from (0, 0) to (1, 1).
+    """
+
+    name: Endpoint
+    edges: tuple[float, ...]
+    members: int
+    nonmembers: int
+    auc: Interval
+    auc_lower: Bound
+    auc_upper: Bound
+    sites: tuple[SiteAuc, ...]
+    tpr: Interval
+    tpr_lower: Bound
+    tpr_upper: Bound
+    copies_lower: Bound
+    roc: tuple[RocPoint, ...]
+    histograms: tuple[PooledHistogram, ...]
+    null: NullControl
+    planted: PlantedControl
+    power: Power
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditThresholds:
+    """The release settings that the verdict was reached under."""
+
+    max_auc: float
+    max_auc_site: float
+    max_tpr: float
+    max_detectable_copies: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditResult:
+    """The verdict and everything it rests on.
+
+    reasons: one sentence each; empty only for PASS. endpoints: empty when the answers could not be used
+    (then the verdict is INCONCLUSIVE). members, nonmembers: noised totals over sites; None when unusable.
+    epsilon_members, epsilon_nonmembers: what this audit cost each patient, pure epsilon.
+    """
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    endpoints: tuple[EndpointResult, ...]
+    sites: tuple[str, ...]
+    members: int | None
+    nonmembers: int | None
+    epsilon_members: float
+    epsilon_nonmembers: float
+    false_positive_rate: float
+    confidence: float
+    thresholds: AuditThresholds
+    plan_digest: str
+    weights_digest: str | None
+
+    def __post_init__(self) -> None:
+        if (self.verdict is Verdict.PASS) == bool(self.reasons):
+            raise ValueError(f"a verdict other than PASS has reasons and PASS has none, got {self.verdict}")
+        if self.verdict is Verdict.PASS and not self.endpoints:
+            raise ValueError("an audit that measured nothing cannot pass")
+
+    @property
+    def smallest_detectable_copies(self) -> float | None:
+        """The worst endpoint's power; None when nothing was measured."""
+        return max((e.power.smallest_copies for e in self.endpoints), default=None)
+
+    @property
+    def controls_caught(self) -> bool:
+        """Whether something was measured and every control did what it must."""
+        return bool(self.endpoints) and all(e.null.passed and e.planted.detected for e in self.endpoints)
+
+    def to_json(self) -> str:
+        """Canonical JSON (RFC 8785); never NaN or Infinity."""
+        canonical: bytes = rfc8785.dumps(_ADAPTER.dump_python(self, mode="json"))
+        return canonical.decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> AuditResult:
+        """Read back what `to_json` wrote. Raises ValueError for anything else."""
+        return _ADAPTER.validate_json(text)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+_ADAPTER = TypeAdapter(AuditResult)

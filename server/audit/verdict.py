@@ -1,0 +1,311 @@
+"""The audit's judgement: from the sites' noised answers to PASS, FAIL or INCONCLUSIVE.
+
+(1) Can the answers be used at all: every site of the plan, this plan, one generator, every group on the plan's grid,
+    patients in every group, scores that differ. If not: INCONCLUSIVE, whatever the numbers say.
+(2) Is a leak shown: a lower bound above its threshold, or members that stand out as copies. Then: FAIL.
+(3) Are leaks ruled out: every upper bound within its threshold, the null control silent, planted copies caught, and a
+    small enough leak detectable. Then: PASS. Anything else: INCONCLUSIVE.
+
+"Not significant" is never read as safe, a missing control is a failed one, nothing is rounded before it is compared.
+All conditions of (3) must hold together, so their bounds need no correction for multiplicity (intersection-union).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.measure.audit_plan import AuditPlan, EndpointPlan, Group
+from common.measure.intervals import Bound, Interval, Side
+from common.measure.membership import (
+    Stratum,
+    copies_lower_bound,
+    discrete_laplace_variance,
+    exceedance,
+    rate_interval,
+    smallest_detectable_copies,
+    stratified_auc,
+    true_positives,
+)
+from common.protocol.messages import ScoreReply
+from common.settings.study import ReleaseSettings
+from server.audit.power import PROBABILITY, planned_smallest_copies
+from server.audit.result import (
+    AuditResult,
+    AuditThresholds,
+    EndpointResult,
+    NullControl,
+    PlantedControl,
+    PooledHistogram,
+    Power,
+    RocPoint,
+    SiteAuc,
+    Verdict,
+)
+
+__all__ = ["AuditResult", "Verdict", "judge"]
+
+_ALIKE = 0.95  # share of patients in one bin above which scores tell nobody apart
+_NOISE_MARGIN = 4.0  # a group's noised size must exceed this many standard deviations of its own noise
+
+Counts = NDArray[np.float64]
+SiteCounts = Mapping[Group, Counts]
+
+
+def judge(plan: AuditPlan, answers: Mapping[str, ScoreReply], thresholds: ReleaseSettings) -> AuditResult:
+    """The verdict on the answers by site. Pure; never raises for what a site sent."""
+    sites = tuple(sorted(answers))
+    counts, objections = _usable(plan, answers)
+    found: list[EndpointResult] = []
+    if not objections:
+        for endpoint in plan.endpoints:
+            by_site = [counts[site, endpoint.name] for site in sites]
+            objections += _too_little(plan, endpoint, sites, by_site)
+            if all(c.sum() >= 1 for groups in by_site for c in (_members(groups), *groups.values())):
+                found.append(_measure(plan, endpoint, sites, by_site, thresholds))
+    if objections:
+        verdict, reasons = Verdict.INCONCLUSIVE, objections
+        found = found if len(found) == len(plan.endpoints) else []
+    elif leaks := [reason for e in found for reason in _leaks(e, thresholds)]:
+        verdict, reasons = Verdict.FAIL, leaks
+    elif doubts := [reason for e in found for reason in _doubts(e, thresholds)]:
+        verdict, reasons = Verdict.INCONCLUSIVE, doubts
+    else:
+        verdict, reasons = Verdict.PASS, []
+    digests = {answer.weights_digest for answer in answers.values()}
+    return AuditResult(
+        verdict=verdict,
+        reasons=tuple(reasons),
+        endpoints=tuple(found),
+        sites=sites,
+        members=found[0].members if found else None,
+        nonmembers=found[0].nonmembers if found else None,
+        epsilon_members=plan.epsilon_members,
+        epsilon_nonmembers=plan.epsilon_nonmembers,
+        false_positive_rate=plan.false_positive_rate,
+        confidence=plan.confidence,
+        thresholds=AuditThresholds(
+            max_auc=thresholds.max_auc,
+            max_auc_site=thresholds.max_auc_site,
+            max_tpr=thresholds.max_tpr,
+            max_detectable_copies=thresholds.max_detectable_copies,
+        ),
+        plan_digest=plan.digest,
+        weights_digest=digests.pop() if len(digests) == 1 else None,
+    )
+
+
+# (1) Can the answers be used at all
+
+
+def _usable(plan: AuditPlan, answers: Mapping[str, ScoreReply]) -> tuple[dict[tuple[str, str], SiteCounts], list[str]]:
+    """Counts by (site, endpoint), and why they cannot be used."""
+    objections = [f"{site} did not answer" for site in plan.sites if site not in answers]
+    objections += [
+        f"{site} answered but is not in the plan" for site in answers if plan.sites and site not in plan.sites
+    ]
+    if len(answers) < max(plan.quorum, 1):
+        objections.append(f"{len(answers)} sites answered, the plan needs {max(plan.quorum, 1)}")
+    if len({answer.weights_digest for answer in answers.values()}) > 1:
+        objections.append("the sites scored different generators")
+    counts: dict[tuple[str, str], SiteCounts] = {}
+    for site, answer in sorted(answers.items()):
+        if answer.audit_plan_digest != plan.digest:
+            objections.append(f"{site} answered another audit plan")
+            continue
+        for endpoint in plan.endpoints:
+            groups = _groups(plan, endpoint, answer)
+            if groups is None:
+                objections.append(
+                    f"{site}: the {endpoint.name} answer does not have the plan's groups, bins and epsilon"
+                )
+            else:
+                counts[site, endpoint.name] = groups
+    return counts, objections
+
+
+def _groups(plan: AuditPlan, endpoint: EndpointPlan, answer: ScoreReply) -> SiteCounts | None:
+    """The endpoint's counts by group; None unless every group is there once, on the grid, at the plan's epsilon."""
+    mine = [h for h in answer.histograms if h.endpoint == endpoint.name]
+    if sorted(h.group for h in mine) != sorted(Group):
+        return None
+    if any(len(h.counts) != endpoint.bins or h.epsilon != plan.epsilon_per_answer for h in mine):
+        return None
+    counts = {Group(h.group): np.array(h.counts, dtype=np.float64) for h in mine}
+    return counts if all(np.isfinite(c).all() for c in counts.values()) else None
+
+
+def _too_little(
+    plan: AuditPlan, endpoint: EndpointPlan, sites: Sequence[str], by_site: Sequence[SiteCounts]
+) -> list[str]:
+    """Groups lost in their own noise, and scores that all fall together."""
+    objections = []
+    one = endpoint.bins * discrete_laplace_variance(plan.epsilon_per_answer)
+    for site, groups in zip(sites, by_site, strict=True):
+        sizes = {"members": (_members(groups), 2 * one), "non-members": (groups[Group.NONMEMBER], one)}
+        for name, (counts, variance) in sizes.items():
+            if counts.sum() < _NOISE_MARGIN * variance**0.5:
+                objections.append(
+                    f"{endpoint.name}: {site} has about {counts.sum():.0f} {name}, too few beside noise of "
+                    f"standard deviation {variance**0.5:.0f}"
+                )
+    pooled = np.sum([_members(groups) + groups[Group.NONMEMBER] for groups in by_site], axis=0)
+    if not objections and pooled.max() > _ALIKE * pooled.sum():
+        objections.append(f"{endpoint.name}: scores are all alike, so that nobody could be told from anybody")
+    return objections
+
+
+def _members(groups: SiteCounts) -> Counts:
+    return np.asarray(groups[Group.MEMBER_A] + groups[Group.MEMBER_B], dtype=np.float64)
+
+
+# Measuring
+
+
+def _measure(
+    plan: AuditPlan,
+    endpoint: EndpointPlan,
+    sites: Sequence[str],
+    by_site: Sequence[SiteCounts],
+    thresholds: ReleaseSettings,
+) -> EndpointResult:
+    noise = discrete_laplace_variance(plan.epsilon_per_answer)
+    strata = [
+        Stratum(members=_members(g), nonmembers=g[Group.NONMEMBER], member_noise=2 * noise, nonmember_noise=noise)
+        for g in by_site
+    ]
+    auc = stratified_auc(strata)
+    tpr = true_positives(strata, plan.false_positive_rate, plan.confidence)
+    pooled = {group: np.sum([g[group] for g in by_site], axis=0) for group in Group}
+    return EndpointResult(
+        name=endpoint.name,
+        edges=endpoint.edges,
+        members=round(sum(s.member_total for s in strata)),
+        nonmembers=round(sum(s.nonmember_total for s in strata)),
+        auc=auc.interval(plan.confidence),
+        auc_lower=auc.bound(Side.LOWER, plan.confidence),
+        auc_upper=auc.bound(Side.UPPER, plan.confidence),
+        sites=tuple(_site_auc(site, s, plan.confidence) for site, s in zip(sites, strata, strict=True)),
+        tpr=tpr.interval,
+        tpr_lower=tpr.lower,
+        tpr_upper=tpr.upper,
+        copies_lower=copies_lower_bound(strata, plan.copy_confidence),
+        roc=_roc(strata, endpoint, plan.confidence),
+        histograms=tuple(
+            PooledHistogram(group=group.value, counts=tuple(round(c) for c in counts))
+            for group, counts in pooled.items()
+        ),
+        null=_null_control(plan, by_site, noise, thresholds),
+        planted=_planted_control(plan, by_site, noise),
+        power=Power(
+            probability=PROBABILITY,
+            planned=planned_smallest_copies(plan, endpoint),
+            achieved=smallest_detectable_copies(exceedance(strata, tpr.edge), plan.copy_confidence, PROBABILITY),
+        ),
+    )
+
+
+def _site_auc(site: str, stratum: Stratum, confidence: float) -> SiteAuc:
+    auc = stratified_auc([stratum])
+    return SiteAuc(
+        site=site,
+        members=round(stratum.member_total),
+        nonmembers=round(stratum.nonmember_total),
+        auc=auc.interval(confidence),
+        lower=auc.bound(Side.LOWER, confidence),
+        upper=auc.bound(Side.UPPER, confidence),
+    )
+
+
+def _roc(strata: Sequence[Stratum], endpoint: EndpointPlan, confidence: float) -> tuple[RocPoint, ...]:
+    """Points at every edge from (0, 0) to (1, 1), band from sampling and noise of both groups."""
+    points = [RocPoint(false_positive_rate=0.0, true_positive_rate=0.0, low=0.0, high=0.0)]
+    for edge in reversed(range(len(endpoint.edges))):
+        at = exceedance(strata, edge)
+        band = rate_interval(at, confidence)
+        points.append(
+            RocPoint(false_positive_rate=at.nonmembers, true_positive_rate=band.estimate, low=band.low, high=band.high)
+        )
+    points.append(RocPoint(false_positive_rate=1.0, true_positive_rate=1.0, low=1.0, high=1.0))
+    return tuple(points)
+
+
+def _null_control(
+    plan: AuditPlan, by_site: Sequence[SiteCounts], noise: float, thresholds: ReleaseSettings
+) -> NullControl:
+    """Members against members: 0.5 inside, the release threshold outside."""
+    halves = [
+        Stratum(members=g[Group.MEMBER_A], nonmembers=g[Group.MEMBER_B], member_noise=noise, nonmember_noise=noise)
+        for g in by_site
+    ]
+    auc = stratified_auc(halves).interval(plan.control_confidence)
+    return NullControl(auc=auc, passed=bool(auc.contains(0.5) and auc.high < thresholds.max_auc))
+
+
+def _planted_control(plan: AuditPlan, by_site: Sequence[SiteCounts], noise: float) -> PlantedControl:
+    """All non-members, a few of them copied, against the same non-members without copies.
+
+    The two groups are the same people, so their sampling errors cancel in part; treating them as independent
+    makes the control harder to satisfy, never easier.
+    """
+    strata = [
+        Stratum(members=g[Group.PLANTED], nonmembers=g[Group.NONMEMBER], member_noise=noise, nonmember_noise=noise)
+        for g in by_site
+    ]
+    tpr = true_positives(strata, plan.false_positive_rate, plan.confidence)
+    excess = copies_lower_bound(strata, plan.confidence)
+    return PlantedControl(
+        planted_fraction=plan.planted_fraction,
+        tpr=tpr.interval,
+        tpr_lower=tpr.lower,
+        excess_lower=excess,
+        detected=bool(excess.value > 0),
+    )
+
+
+# (2) Is a leak shown; (3) are leaks ruled out
+
+
+def _leaks(e: EndpointResult, t: ReleaseSettings) -> list[str]:
+    reasons = _above(f"{e.name}: AUC", e.auc, e.auc_lower, t.max_auc)
+    for s in e.sites:
+        reasons += _above(f"{e.name}: AUC at {s.site}", s.auc, s.lower, t.max_auc_site)
+    reasons += _above(f"{e.name}: true-positive rate", e.tpr, e.tpr_lower, t.max_tpr)
+    if e.copies_lower.value > 0:
+        reasons.append(
+            f"{e.name}: members stand out as copies: at least {e.copies_lower.value:.3f} of them "
+            f"({e.copies_lower.confidence:.1%} confidence), which no held-out patient explains"
+        )
+    return reasons
+
+
+def _doubts(e: EndpointResult, t: ReleaseSettings) -> list[str]:
+    reasons = _above(f"{e.name}: AUC", e.auc, e.auc_upper, t.max_auc)
+    for s in e.sites:
+        reasons += _above(f"{e.name}: AUC at {s.site}", s.auc, s.upper, t.max_auc_site)
+    reasons += _above(f"{e.name}: true-positive rate", e.tpr, e.tpr_upper, t.max_tpr)
+    if not e.null.passed:
+        reasons.append(
+            f"{e.name}: the null control must hold 0.5 and stay below {t.max_auc}, members against members gave "
+            f"{e.null.auc.low:.3f} to {e.null.auc.high:.3f}"
+        )
+    if not e.planted.detected:
+        reasons.append(f"{e.name}: the audit missed planted copies of {e.planted.planted_fraction:.1%} of the held-out")
+    if not e.power.smallest_copies <= t.max_detectable_copies:
+        reasons.append(
+            f"{e.name}: copies of fewer than {e.power.smallest_copies:.1%} of members would not be seen with "
+            f"{e.power.probability:.0%} probability; at most {t.max_detectable_copies:.1%} is allowed"
+        )
+    return reasons
+
+
+def _above(what: str, estimate: Interval, bound: Bound, limit: float) -> list[str]:
+    """A reason unless the bound is within the limit; written so that NaN would object, too."""
+    if bound.value <= limit:
+        return []
+    return [
+        f"{what} is {estimate.estimate:.3f}, {bound.side} bound {bound.value:.3f} "
+        f"({bound.confidence:.0%} confidence); the limit is {limit}"
+    ]

@@ -1,0 +1,321 @@
+"""Made-up facts for the report's tests: scores drawn from two bell curves, scans drawn as soft balls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from common.evidence.predicate import AuditBound, AuditFacts, CohortEpsilon, DecisionFacts, Outcome, SiteFacts
+from common.measure.audit_plan import Endpoint, default_edges
+from common.measure.intervals import Bound, Interval, Side
+from common.privacy.mechanism import DpSgd, Plan
+from common.protocol.messages import SegmenterSource
+from common.settings.study import Study
+from server.audit.facts import ReportFacts, RoundCourse
+from server.audit.result import (
+    AuditResult,
+    AuditThresholds,
+    EndpointResult,
+    NullControl,
+    PlantedControl,
+    PooledHistogram,
+    Power,
+    RocPoint,
+    SiteAuc,
+    Verdict,
+)
+from server.utility import NotMeasured, UtilityResult, UtilityRow
+
+DIGEST = "4f" * 32
+SITES = ("site-1", "site-2", "site-3")
+MEMBERS, NONMEMBERS = 910, 490
+
+
+def example_study(**changes: Any) -> Study:
+    """A hippocampus study; `changes` replace whole sections."""
+    body: dict[str, Any] = {
+        "study": "hippocampus-example",
+        "purpose": "Labelled synthetic hippocampus scans for training and teaching of segmentation methods.",
+        "family": "wgan",
+        "modality": "T1w",
+        "labels": {1: "anterior", 2: "posterior"},
+        "grid": {"shape": (32, 32, 32), "spacing_mm": (1.5, 1.5, 1.5)},
+        "intensity": {"kind": "robust", "low": 1.0, "high": 99.0},
+        "privacy": {
+            "target_epsilon": 6.0,
+            "delta": 1e-4,
+            "sampling_probability": 0.1,
+            "reference_patients": 300,
+            "epsilon_cap": 12.0,
+        },
+        "training": {"rounds": 12, "critic_steps_per_round": 40},
+        "warm_start": {"phantom": "hippocampus"},
+    }
+    return Study.model_validate({**body, **changes}, strict=False)
+
+
+def example_facts(
+    *,
+    outcome: Outcome = Outcome.RELEASE,
+    simulated: bool = True,
+    leak: float = 0.0,
+    audited: bool = True,
+    study: Study | None = None,
+    coarser: tuple[str, ...] = (),
+    reasons: tuple[str, ...] = (),
+) -> ReportFacts:
+    """A finished campaign of three hospitals. leak: shift of the members' scores in standard deviations."""
+    study = study or example_study()
+    audit = example_audit(leak) if audited else None
+    return ReportFacts(
+        study=study,
+        decision=example_decision(
+            study, outcome=outcome, simulated=simulated, coarser=coarser, reasons=reasons, audit=audit
+        ),
+        plan=Plan(
+            mechanism=DpSgd(noise_multiplier=1.37, sampling_probability=0.1, steps=480),
+            clip_norm=1.0,
+            divisor=30.0,
+            steps_per_round=40,
+            rounds=12,
+            target_epsilon=6.0,
+            delta=1e-4,
+        ),
+        audit=audit,
+        utility=example_utility(),
+        rounds=tuple(example_round(number) for number in range(1, 13)),
+        synthetic=example_pairs(seed=1, count=6),
+        phantom=example_pairs(seed=2, count=6),
+        seed=7 if simulated else None,
+        versions={"consilium": "0.1.0", "torch": "2.13.0", "flwr": "1.41.0", "python": "3.11.9"},
+        evidence={"Evidence chain, head": "1b" * 32},
+        made_at=datetime(2026, 11, 20, 14, 5, tzinfo=UTC),
+    )
+
+
+def example_pairs(*, seed: int, count: int) -> np.ndarray:
+    """(count, 3, 32, 32, 32): two touching soft balls, bright on a noisy ground."""
+    rng = np.random.default_rng(seed)
+    axes = np.meshgrid(*(np.linspace(-1, 1, 32),) * 3, indexing="ij")
+    pairs = np.zeros((count, 3, 32, 32, 32), dtype=np.float32)
+    for pair in pairs:
+        for label, middle in ((1, 0.28), (2, -0.28)):
+            centre = rng.normal([0, middle, 0], 0.05)
+            distance = sum(((x - c) / r) ** 2 for x, c, r in zip(axes, centre, (0.28, 0.36, 0.26), strict=True))
+            pair[label] = 1 / (1 + np.exp(8 * (np.sqrt(distance) - 1)))
+        pair[1:] /= np.maximum(pair[1:].sum(axis=0), 1)
+        ground = -0.4 + 0.25 * np.sin(3 * axes[0] + rng.normal()) * np.cos(2 * axes[2] + rng.normal())
+        pair[0] = np.clip(ground + 0.8 * pair[1:].sum(axis=0) + rng.normal(0, 0.08, (32, 32, 32)), -1, 1)
+    return pairs
+
+
+def example_round(number: int) -> RoundCourse:
+    """A round; the third leaves site-3 out."""
+    excluded = {"site-3": "no reply before the deadline"} if number == 3 else {}
+    used = tuple(site for site in SITES if site not in excluded)
+    return RoundCourse(
+        round=number,
+        epsilon=6.0 * (number / 12) ** 0.6,
+        used=used,
+        excluded=excluded,
+        seconds=9.0 + number % 3,
+        update_norms={site: (1.2 + 0.2 * i) * 0.93**number for i, site in enumerate(used)},
+    )
+
+
+def example_utility() -> UtilityResult:
+    """Synthetic beats phantoms; one site did not answer for phantoms."""
+    return UtilityResult(
+        labels=("anterior", "posterior"),
+        rows=(
+            UtilityRow(
+                source=SegmenterSource.SYNTHETIC,
+                dice=(interval(0.781, 0.02), interval(0.763, 0.02)),
+                mean=interval(0.772, 0.02),
+                patients=487.3,
+                exact=False,
+                sites=SITES,
+            ),
+            UtilityRow(
+                source=SegmenterSource.PHANTOM,
+                dice=(interval(0.702, 0.025), interval(0.688, 0.025)),
+                mean=interval(0.695, 0.025),
+                patients=331.0,
+                exact=False,
+                sites=SITES[:2],
+            ),
+        ),
+        not_measured=(
+            NotMeasured(source=SegmenterSource.PHANTOM, site="site-3", reason="no reply before the deadline"),
+        ),
+        epsilon_nonmembers=2.0,
+        training_steps=150,
+    )
+
+
+def example_audit(leak: float) -> AuditResult:
+    """Both attacks on 910 members and 490 non-members."""
+    endpoints = tuple(_endpoint(name, leak, seed) for seed, name in enumerate(Endpoint))
+    leaking = leak > 0.5
+    return AuditResult(
+        verdict=Verdict.FAIL if leaking else Verdict.PASS,
+        reasons=("near_copy: members are told from non-members, AUC at least 0.71",) if leaking else (),
+        endpoints=endpoints,
+        sites=SITES,
+        members=MEMBERS,
+        nonmembers=NONMEMBERS,
+        epsilon_members=2.0,
+        epsilon_nonmembers=4.0,
+        false_positive_rate=0.01,
+        confidence=0.95,
+        thresholds=AuditThresholds(max_auc=0.6, max_auc_site=0.7, max_tpr=0.06, max_detectable_copies=0.05),
+        plan_digest=DIGEST,
+        weights_digest=DIGEST,
+    )
+
+
+def example_decision(
+    study: Study,
+    *,
+    outcome: Outcome,
+    simulated: bool,
+    coarser: tuple[str, ...],
+    reasons: tuple[str, ...],
+    audit: AuditResult | None,
+) -> DecisionFacts:
+    """What the gate would say."""
+    sites = {
+        site: SiteFacts(
+            members=_spent(8.0 - 0.1 * i),
+            nonmembers=_spent(6.0, accountant="pure"),
+            rounds=12 - (site == "site-3"),
+            holdout_commitment=f"{i + 1}a" * 32,
+            policy_digest=DIGEST,
+            code_digest=DIGEST,
+            ledger_head=f"{i + 1}c" * 32,
+        )
+        for i, site in enumerate(SITES)
+    }
+    stated = (
+        None
+        if audit is None
+        else AuditFacts(
+            verdict=audit.verdict.value,
+            reasons=audit.reasons,
+            bounds=(AuditBound(name="near_copy auc", estimate=0.5, lower=0.47, upper=0.53, threshold=0.6),),
+            confidence=0.95,
+            smallest_detectable_copies=audit.smallest_detectable_copies,
+            controls_caught=audit.controls_caught,
+            plan_digest=DIGEST,
+            result_digest=DIGEST,
+        )
+    )
+    return DecisionFacts(
+        outcome=outcome,
+        reasons=reasons,
+        policies=("epsilon-within", "audit-passed", "controls-caught", "power-sufficient", "sites-stated"),
+        study=study.study,
+        study_digest=DIGEST,
+        simulated=simulated,
+        coarser=coarser,
+        sites=sites,
+        audit=stated,
+        generator_digest=DIGEST,
+        candidates_digest="7d" * 32,
+    )
+
+
+def interval(estimate: float, half: float) -> Interval:
+    return Interval(low=estimate - half, estimate=estimate, high=estimate + half, confidence=0.95)
+
+
+def _spent(epsilon: float, accountant: str = "prv") -> CohortEpsilon:
+    return CohortEpsilon(
+        epsilon=epsilon,
+        lower=epsilon - 0.01,
+        upper=epsilon + 0.01,
+        delta=1e-4,
+        accountant=accountant,
+        second_opinion=epsilon * 1.06,
+    )
+
+
+def _endpoint(name: Endpoint, leak: float, seed: int) -> EndpointResult:
+    rng = np.random.default_rng(seed)
+    edges = default_edges()
+    counts = {
+        "member_a": _counts(rng.normal(0.42 + 0.16 * leak, 0.16, MEMBERS // 2), rng),
+        "member_b": _counts(rng.normal(0.42 + 0.16 * leak, 0.16, MEMBERS // 2), rng),
+        "nonmember": _counts(rng.normal(0.42, 0.16, NONMEMBERS), rng),
+    }
+    members = np.array(counts["member_a"]) + np.array(counts["member_b"])
+    found = np.append(0, np.cumsum(members[::-1])) / members.sum()
+    accused = np.append(0, np.cumsum(counts["nonmember"][::-1])) / sum(counts["nonmember"])
+    auc = float(np.trapezoid(found, accused))
+    tpr = float(np.interp(0.01, accused, found))
+    return EndpointResult(
+        name=name,
+        edges=edges,
+        members=MEMBERS,
+        nonmembers=NONMEMBERS,
+        auc=interval(auc, 0.033),
+        auc_lower=Bound(value=auc - 0.028, side=Side.LOWER, confidence=0.95),
+        auc_upper=Bound(value=auc + 0.028, side=Side.UPPER, confidence=0.95),
+        sites=tuple(
+            SiteAuc(
+                site=site,
+                members=303,
+                nonmembers=163,
+                auc=interval(auc + shift, 0.06),
+                lower=Bound(value=auc + shift - 0.05, side=Side.LOWER, confidence=0.95),
+                upper=Bound(value=auc + shift + 0.05, side=Side.UPPER, confidence=0.95),
+            )
+            for site, shift in zip(SITES, (0.01, -0.02, 0.0), strict=True)
+        ),
+        tpr=interval(tpr, 0.016),
+        tpr_lower=Bound(value=tpr - 0.014, side=Side.LOWER, confidence=0.95),
+        tpr_upper=Bound(value=tpr + 0.022, side=Side.UPPER, confidence=0.95),
+        copies_lower=Bound(value=-0.01 + 0.2 * leak, side=Side.LOWER, confidence=0.99),
+        roc=tuple(
+            RocPoint(false_positive_rate=a, true_positive_rate=f, low=f - 0.03, high=f + 0.03)
+            for a, f in zip(np.maximum.accumulate(accused), found, strict=True)
+        ),
+        histograms=tuple(PooledHistogram(group=group, counts=c) for group, c in counts.items()),
+        null=NullControl(auc=interval(0.497, 0.045), passed=True),
+        planted=PlantedControl(
+            planted_fraction=0.05,
+            tpr=interval(0.058, 0.02),
+            tpr_lower=Bound(value=0.04, side=Side.LOWER, confidence=0.95),
+            excess_lower=Bound(value=0.021, side=Side.LOWER, confidence=0.99),
+            detected=True,
+        ),
+        power=Power(probability=0.9, planned=0.031, achieved=0.036),
+    )
+
+
+def _counts(scores: np.ndarray, rng: np.random.Generator) -> tuple[int, ...]:
+    """Noised counts, as sites send them."""
+    bins = np.histogram(scores, bins=[-np.inf, *default_edges(), np.inf])[0]
+    return tuple(int(c) for c in bins + rng.integers(-2, 3, len(bins)))
+
+
+VARIANTS: Mapping[str, dict[str, Any]] = {
+    "release": {},
+    "reject": {
+        "outcome": Outcome.REJECT,
+        "simulated": False,
+        "leak": 1.2,
+        "reasons": ("the audit shows a leak: near_copy AUC is at least 0.71, the study allows 0.60",),
+    },
+    "inconclusive": {
+        "outcome": Outcome.INCONCLUSIVE,
+        "coarser": (
+            "release.max_auc is 0.7; the default is 0.6",
+            "audit.false_positive_rate is 0.05; the default is 0.01",
+        ),
+        "reasons": ("the smallest fraction of copies the audit could have seen is 11.0%; the study asks for 5.0%",),
+    },
+}
