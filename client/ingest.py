@@ -26,7 +26,7 @@ from common.telemetry.events import Observer, Progress, ignore
 from common.volume.layouts import Layout, Reason, Refused, ScanPair, find_pairs
 from common.volume.nifti import NoOrientation, NotThreeDimensional, read_nifti
 from common.volume.prepare import orientation, prepare, to_ras
-from common.volume.volume import Grid, Volume
+from common.volume.volume import Volume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ def _read(pair: ScanPair, study: Study, sightings: dict[bytes, set[str]]) -> _Ca
     sightings[stored].add(pair.patient)
     label = _open(pair.label)
     _check_label(pair.label, image, label, study)
-    grid = Grid(shape=study.grid.shape, spacing_mm=study.grid.spacing_mm)
+    grid = study.grid.as_grid()
     try:
         prepared = prepare(image, label, labels=study.labels, grid=grid, intensity=study.intensity).astype(np.float16)
     except DataError as flat:

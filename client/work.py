@@ -31,7 +31,6 @@ from common.protocol.messages import NoisedHistogram, ScoreOrder, TrainOrder, Ut
 from common.settings.site import PhantomSource, SiteSettings
 from common.settings.study import Study
 from common.telemetry.events import Observer
-from common.volume.volume import Grid
 
 INGEST_REPORT = "ingest-report.json"
 
@@ -67,9 +66,10 @@ def read_patients(settings: SiteSettings, study: Study, observer: Observer) -> M
 
 
 def _draw_phantoms(source: PhantomSource, study: Study) -> dict[str, NDArray[np.float16]]:
-    grid = Grid(shape=study.grid.shape, spacing_mm=study.grid.spacing_mm)
     scanner = site_scanner(source.seed, source.site)
-    pairs = draw_pairs(source.kind, source.seed, source.patients, scanner, grid, study.intensity, study.labels)
+    pairs = draw_pairs(
+        source.kind, source.seed, source.patients, scanner, study.grid.as_grid(), study.intensity, study.labels
+    )
     return {f"phantom-{i:05d}": pair[None] for i, pair in enumerate(pairs)}
 
 

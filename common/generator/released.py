@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,9 +15,15 @@ from common.generator.weights import Weights
 from common.settings.load import parse_study, study_digest
 from common.settings.study import Study
 from common.telemetry.events import Observer, Progress, ignore
-from common.volume.bids import DatasetDescription, DatasetKind, subject_name, write_dataset, write_pair
+from common.volume.bids import (
+    DatasetDescription,
+    DatasetKind,
+    subject_name,
+    write_dataset,
+    write_image_facts,
+    write_pair,
+)
 from common.volume.prepare import restore
-from common.volume.volume import Grid
 
 SPEC_VERSION = 1
 
@@ -62,13 +67,6 @@ def load_released(folder: Path, verified: Verified) -> tuple[Study, PairGenerato
     return study, generator_from(study, weights)
 
 
-def write_image_facts(root: Path, study: Study) -> None:
-    """What BIDS asks of every derived image, once for all of them by inheritance from the root."""
-    facts = {"Description": "Drawn from a generator; not a scan of a person.", "SkullStripped": False}
-    path = root / f"desc-synthetic_{study.modality}.json"
-    path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def draw_dataset(
     target: Path,
     *,
@@ -83,14 +81,14 @@ def draw_dataset(
 
     Raises UsageError when `target` holds anything, ConsiliumError when the disk does not take it; then nothing is left.
     """
-    grid = Grid(shape=study.grid.shape, spacing_mm=study.grid.spacing_mm)
+    grid = study.grid.as_grid()
     with whole_folder(target) as part:
         write_dataset(
             part,
             description=_description(study, verified),
             participants={subject_name(number): {} for number in range(1, n + 1)},
         )
-        write_image_facts(part, study)
+        write_image_facts(part, suffix=study.modality)
         number = 0
         for batch in sample_batches(generator, seed=seed, first=0, count=n):
             for pair in batch:

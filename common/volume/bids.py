@@ -4,6 +4,7 @@ raw         sub-0001/anat/sub-0001_angio.nii.gz
             derivatives/labels/sub-0001/anat/sub-0001_dseg.nii.gz   (label maps are never raw data)
 derivative  sub-synth00001/anat/sub-synth00001_desc-synthetic_angio.nii.gz
             sub-synth00001/anat/sub-synth00001_desc-synthetic_dseg.nii.gz
+            desc-synthetic_angio.json                           (inherited by every image)
 
 The bytes depend on the arguments alone: no time, no name of a machine.
 """
@@ -22,6 +23,7 @@ from common.volume.volume import Volume
 
 BIDS_VERSION = "1.11.0"
 _LABEL_FOLDER = Path("derivatives") / "labels"
+_SYNTHETIC = "desc-synthetic"
 _ALPHANUMERIC = re.compile(r"[A-Za-z0-9]+")
 
 
@@ -82,6 +84,16 @@ def write_dataset(
     _write_text(labels / "dseg.tsv", "index\tname\n" + "".join(f"{value}\t{name}\n" for value, name in rows))
 
 
+def write_image_facts(root: Path, *, suffix: str) -> None:
+    """What BIDS asks of every image of a derivative, said once: images below `root` inherit it.  [BIDS 1.11]
+
+    suffix: as in `write_pair`. Raises ValueError for one BIDS does not allow.
+    """
+    _require_alphanumeric(suffix)
+    facts = {"Description": "Drawn from a generator; not a scan of a person.", "SkullStripped": False}
+    _write_json(root / f"{_SYNTHETIC}_{suffix}.json", facts)
+
+
 def write_pair(
     root: Path,
     *,
@@ -104,7 +116,7 @@ def write_pair(
     entities = [f"sub-{subject}", *([] if session is None else [f"ses-{session}"])]
     folder = Path(*entities, "anat")
     if kind is DatasetKind.DERIVATIVE:
-        entities.append("desc-synthetic")
+        entities.append(_SYNTHETIC)
     stem = "_".join(entities)
     image_path = root / folder / f"{stem}_{suffix}.nii.gz"
     label_root = root / _LABEL_FOLDER if kind is DatasetKind.RAW else root

@@ -39,13 +39,19 @@ from common.evidence.verification import (
     REPORT,
 )
 from common.generator.network import save_weights
-from common.generator.released import generator_spec, write_image_facts
+from common.generator.released import generator_spec
 from common.generator.weights import Weights
 from common.settings.study import Study
 from common.telemetry.events import Observer, Progress, ignore
-from common.volume.bids import DatasetDescription, DatasetKind, subject_name, write_dataset, write_pair
+from common.volume.bids import (
+    DatasetDescription,
+    DatasetKind,
+    subject_name,
+    write_dataset,
+    write_image_facts,
+    write_pair,
+)
 from common.volume.prepare import restore
-from common.volume.volume import Grid
 from server.release.card import card_facts, card_text
 from server.release.gate import Decision
 
@@ -79,7 +85,7 @@ def write_candidates(
     pairs: (1+K, D, H, W) each, in order. Raises UsageError when `folder` holds anything, IntegrityError for a
     volume that is not finite, ConsiliumError when the disk does not take it; then nothing is left.
     """
-    grid = Grid(shape=study.grid.shape, spacing_mm=study.grid.spacing_mm)
+    grid = study.grid.as_grid()
     with whole_folder(folder) as part:
         (part / QUARANTINE).write_text(_QUARANTINE_TEXT, encoding="utf-8")
         for number, pair in enumerate(pairs, start=1):
@@ -142,7 +148,7 @@ def write_release(
         shutil.copytree(candidates, part, dirs_exist_ok=True, ignore=shutil.ignore_patterns(QUARANTINE))
         subjects = sorted(path.name.removeprefix("sub-") for path in part.glob("sub-*"))
         write_dataset(part, description=_description(dossier, predicate), participants={s: {} for s in subjects})
-        write_image_facts(part, study)
+        write_image_facts(part, suffix=study.modality)
         save_weights(part / GENERATOR, generator)
         _write_json(part / GENERATOR_SPEC, generator_spec(study, generator))
         _write_common(part, dossier, predicate, chain, volumes=len(subjects))

@@ -6,7 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.volume.bids import DatasetDescription, DatasetKind, subject_name, write_dataset, write_pair
+from common.volume.bids import (
+    DatasetDescription,
+    DatasetKind,
+    subject_name,
+    write_dataset,
+    write_image_facts,
+    write_pair,
+)
 from common.volume.layouts import find_pairs
 from common.volume.nifti import read_nifti
 from common.volume.volume import Grid, Volume
@@ -58,6 +65,15 @@ def test_a_derivative_has_the_names_and_root_files_of_the_specification(tmp_path
     assert files["dseg.tsv"] == b"index\tname\n0\tbackground\n1\tartery\n2\tvein\n"
     assert files["participants.tsv"] == b"participant_id\tgenerator\nsub-synth00001\twgan\nsub-synth00002\twgan\n"
     assert files[".bidsignore"] == b"manifest.json\n"
+
+
+def test_every_image_of_a_derivative_inherits_what_the_specification_asks_of_it(tmp_path: Path) -> None:
+    write_image_facts(tmp_path, suffix="angio")
+    (told,) = tmp_path.iterdir()
+    assert told.name == "desc-synthetic_angio.json"  # each image's name without its subject
+    assert json.loads(told.read_text())["SkullStripped"] is False
+    with pytest.raises(ValueError, match="letters and digits"):
+        write_image_facts(tmp_path, suffix="../up")
 
 
 def test_a_raw_data_set_keeps_label_maps_among_its_derivatives(tmp_path: Path) -> None:
