@@ -31,7 +31,7 @@ from common.telemetry.events import Observer, Progress
 
 TASK = "warm start"
 RECONSTRUCTION_LEARNING_RATE = 1e-3
-IMAGE_WEIGHT, LABEL_WEIGHT, CODE_WEIGHT = 10.0, 10.0, 0.01  # L1 per voxel, cross-entropy per voxel, KL per volume
+IMAGE_WEIGHT, LABEL_WEIGHT, CODE_WEIGHT = 10.0, 10.0, 0.003  # L1 per voxel, cross-entropy per voxel, KL per volume
 GAME_SHARE = 0.3  # of the warm start's steps
 ENCODER_WIDTH = 16
 PUBLIC_SITE = 0  # the neutral scanner

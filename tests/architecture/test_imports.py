@@ -1,0 +1,108 @@
+"""The rules of the layout, read from the code itself."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("common", "client", "server")
+HEAVY = {
+    "flwr": {"client/app.py", "common/protocol/codec.py", "server/app.py", "server/simulate.py", "server/sites.py"},
+    "nibabel": {"common/volume/nifti.py"},
+    "opacus": {"common/privacy/accounting.py"},
+    "prometheus_client": {"common/telemetry/metrics.py"},
+    "monai": {"common/measure/segmentation.py"},
+    "matplotlib": {"server/audit/figures.py"},
+}
+DRAWERS = {"utils", "util", "helpers", "helper", "misc", "base", "manager", "constants", "common_utils"}
+
+
+def modules() -> list[Path]:
+    return sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module name that the file imports, at any depth of its code."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"), [("common", {"client", "server"}), ("client", {"server"}), ("server", {"client"})]
+)
+def test_sides_do_not_import_each_other(package: str, forbidden: set[str]) -> None:
+    wrong = [
+        f"{name(path)} imports {module}"
+        for path in modules()
+        if path.is_relative_to(ROOT / package)
+        for module in imports(path)
+        if module.split(".")[0] in forbidden
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("library", sorted(HEAVY))
+def test_heavy_libraries_enter_through_named_files_only(library: str) -> None:
+    found = {name(path) for path in modules() if any(m.split(".")[0] == library for m in imports(path))}
+    assert found <= HEAVY[library], f"{library} is imported in {sorted(found - HEAVY[library])}"
+
+
+def test_no_drawers() -> None:
+    assert [name(p) for p in modules() if p.stem in DRAWERS or p.parent.name in DRAWERS] == []
+
+
+def test_a_module_is_in_common_only_when_both_sides_need_it() -> None:
+    """Directly or through another module of common; an entry point of our own command counts as both."""
+    users: dict[str, set[str]] = {}
+    graph = {name(p).removesuffix(".py").replace("/", "."): set(imports(p)) for p in modules()}
+    declared = (ROOT / "pyproject.toml").read_text()
+    for module in [m for m in graph if m.startswith("common.") and not m.endswith("__init__")]:
+        if f'"{module}:' in declared:
+            users[module] = {"client", "server"}
+            continue
+        seen, frontier = set(), {module}
+        while frontier:
+            target = frontier.pop()
+            for other, targets in graph.items():
+                hit = target in targets or any(t == target for t in targets)
+                if hit and other not in seen:
+                    seen.add(other)
+                    frontier.add(other)
+        sides = {m.split(".")[0] for m in seen if not m.startswith("common.")}
+        commanded = {m for m in seen if f'"{m}:' in declared and m.startswith("common.")}
+        users[module] = sides | ({"client", "server"} if commanded else set())
+    alone = {module: sorted(sides) for module, sides in users.items() if sides != {"client", "server"}}
+    assert alone == {}
+
+
+def test_nothing_happens_on_import() -> None:
+    """A module's top level holds definitions, constants and imports: no call to open, print, run or seed."""
+    banned = {"open", "print", "seed", "manual_seed", "makedirs", "mkdir", "system", "run", "Popen"}
+    wrong = []
+    for path in modules():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+                called = node.value.func
+                label = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+                if label in banned:
+                    wrong.append(f"{name(path)}:{node.lineno} {label}()")
+    assert wrong == []
+
+
+def test_no_absolute_path_of_a_machine_in_the_tree() -> None:
+    text_files = [p for p in ROOT.rglob("*") if p.suffix in {".py", ".md", ".yaml", ".toml", ".txt"} and p.is_file()]
+    ours = [p for p in text_files if not {".venv", "build", "runs", ".git"} & set(p.relative_to(ROOT).parts)]
+    pieces = ("/" + "work/", "/" + "root/", "/" + "home/")
+    assert [name(p) for p in ours if any(piece in p.read_text(errors="replace") for piece in pieces)] == []
