@@ -88,7 +88,7 @@ def site_scanner(seed: int, site: int) -> Scanner:
     The shift depends on `seed` and `site` only. Raises ValueError for a negative site.
     """
     if site == 0:
-        return Scanner(site=0, gain=500.0, contrast=1.0, bias=0.04, noise=0.04, blur_mm=0.45)
+        return Scanner(site=0, gain=500.0, contrast=1.0, bias=0.04, noise=0.03, blur_mm=0.45)
     rng = np.random.default_rng([abs(seed), max(site, 0), 0x5CA4])
     # Contrast is moved away from 1 on either side: a shift near zero would be no shift at all.
     away = rng.uniform(0.12, 0.26) * rng.choice([-1.0, 1.0])
@@ -97,6 +97,6 @@ def site_scanner(seed: int, site: int) -> Scanner:
         gain=float(500.0 * np.exp(rng.normal(0.0, 0.7))),
         contrast=float(np.exp(away)),
         bias=float(rng.uniform(0.04, 0.12)),
-        noise=float(rng.uniform(0.025, 0.065)),
+        noise=float(rng.uniform(0.02, 0.045)),
         blur_mm=float(rng.uniform(0.3, 0.75)),
     )

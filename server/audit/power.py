@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from common.measure.audit_plan import AuditPlan, EndpointPlan
-from common.measure.membership import Exceedance, discrete_laplace_variance, smallest_detectable_copies
+from common.measure.membership import (
+    CountNoise,
+    Exceedance,
+    discrete_laplace_noise,
+    shared_level,
+    smallest_detectable_copies,
+)
 
 PROBABILITY = 0.9
-_THRESHOLD = 0.75  # of the public unit: non-members' upper tail was found between 0.5 and 1 on phantoms
-_SLACK = 1.5  # the threshold's false-positive rate overshoots the plan's by up to a bin
+_THRESHOLD = 1.0  # of the public unit: candidate volumes end there, copies of phantoms scored above it
 
 
 def planned_smallest_copies(plan: AuditPlan, endpoint: EndpointPlan) -> float:
@@ -19,13 +24,13 @@ def planned_smallest_copies(plan: AuditPlan, endpoint: EndpointPlan) -> float:
     sites = len(plan.sites) or plan.quorum
     members, nonmembers = sites * plan.expected_members, sites * plan.expected_nonmembers
     tail = sum(edge >= _THRESHOLD for edge in endpoint.edges)
-    noise = sites * tail * discrete_laplace_variance(plan.epsilon_per_answer)
+    noise = sites * tail * discrete_laplace_noise(plan.epsilon_per_answer).variance
     expected = Exceedance(
         members=0.0,
-        nonmembers=_SLACK * plan.false_positive_rate,
+        nonmembers=plan.false_positive_rate,
         member_draws=members,
         nonmember_draws=nonmembers,
-        member_noise=2 * noise / members**2,  # two halves, each noised
-        nonmember_noise=noise / nonmembers**2,
+        member_noise=CountNoise(variance=2 * noise / members**2, fourth=0.0),  # two halves, each noised
+        nonmember_noise=CountNoise(variance=noise / nonmembers**2, fourth=0.0),
     )
-    return smallest_detectable_copies(expected, plan.copy_confidence, PROBABILITY)
+    return smallest_detectable_copies(expected, shared_level(plan.copy_confidence, tail), PROBABILITY)

@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 from common.measure.audit_plan import AuditPlan, EndpointPlan, Group
 from common.measure.intervals import Bound, Interval, Side
 from common.measure.membership import (
+    CountNoise,
     Stratum,
     copies_lower_bound,
-    discrete_laplace_variance,
+    discrete_laplace_noise,
     exceedance,
+    far_edges,
     rate_interval,
+    shared_level,
     smallest_detectable_copies,
     stratified_auc,
     true_positives,
@@ -142,7 +145,7 @@ def _too_little(
 ) -> list[str]:
     """Groups lost in their own noise, and scores that all fall together."""
     objections = []
-    one = endpoint.bins * discrete_laplace_variance(plan.epsilon_per_answer)
+    one = endpoint.bins * discrete_laplace_noise(plan.epsilon_per_answer).variance
     for site, groups in zip(sites, by_site, strict=True):
         sizes = {"members": (_members(groups), 2 * one), "non-members": (groups[Group.NONMEMBER], one)}
         for name, (counts, variance) in sizes.items():
@@ -171,13 +174,15 @@ def _measure(
     by_site: Sequence[SiteCounts],
     thresholds: ReleaseSettings,
 ) -> EndpointResult:
-    noise = discrete_laplace_variance(plan.epsilon_per_answer)
+    noise = discrete_laplace_noise(plan.epsilon_per_answer)
+    both = discrete_laplace_noise(plan.epsilon_per_answer, answers=2)  # two halves, each noised
     strata = [
-        Stratum(members=_members(g), nonmembers=g[Group.NONMEMBER], member_noise=2 * noise, nonmember_noise=noise)
+        Stratum(members=_members(g), nonmembers=g[Group.NONMEMBER], member_noise=both, nonmember_noise=noise)
         for g in by_site
     ]
     auc = stratified_auc(strata)
     tpr = true_positives(strata, plan.false_positive_rate, plan.confidence)
+    copy_level = shared_level(plan.copy_confidence, len(far_edges(strata, plan.false_positive_rate)))
     pooled = {group: np.sum([g[group] for g in by_site], axis=0) for group in Group}
     return EndpointResult(
         name=endpoint.name,
@@ -191,7 +196,7 @@ def _measure(
         tpr=tpr.interval,
         tpr_lower=tpr.lower,
         tpr_upper=tpr.upper,
-        copies_lower=copies_lower_bound(strata, plan.copy_confidence),
+        copies_lower=copies_lower_bound(strata, plan.false_positive_rate, plan.copy_confidence),
         roc=_roc(strata, endpoint, plan.confidence),
         histograms=tuple(
             PooledHistogram(group=group.value, counts=tuple(round(c) for c in counts))
@@ -202,7 +207,7 @@ def _measure(
         power=Power(
             probability=PROBABILITY,
             planned=planned_smallest_copies(plan, endpoint),
-            achieved=smallest_detectable_copies(exceedance(strata, tpr.edge), plan.copy_confidence, PROBABILITY),
+            achieved=smallest_detectable_copies(tpr.beyond, copy_level, PROBABILITY),
         ),
     )
 
@@ -233,7 +238,7 @@ def _roc(strata: Sequence[Stratum], endpoint: EndpointPlan, confidence: float) -
 
 
 def _null_control(
-    plan: AuditPlan, by_site: Sequence[SiteCounts], noise: float, thresholds: ReleaseSettings
+    plan: AuditPlan, by_site: Sequence[SiteCounts], noise: CountNoise, thresholds: ReleaseSettings
 ) -> NullControl:
     """Members against members: 0.5 inside, the release threshold outside."""
     halves = [
@@ -244,7 +249,7 @@ def _null_control(
     return NullControl(auc=auc, passed=bool(auc.contains(0.5) and auc.high < thresholds.max_auc))
 
 
-def _planted_control(plan: AuditPlan, by_site: Sequence[SiteCounts], noise: float) -> PlantedControl:
+def _planted_control(plan: AuditPlan, by_site: Sequence[SiteCounts], noise: CountNoise) -> PlantedControl:
     """All non-members, a few of them copied, against the same non-members without copies.
 
     The two groups are the same people, so their sampling errors cancel in part; treating them as independent
@@ -255,7 +260,7 @@ def _planted_control(plan: AuditPlan, by_site: Sequence[SiteCounts], noise: floa
         for g in by_site
     ]
     tpr = true_positives(strata, plan.false_positive_rate, plan.confidence)
-    excess = copies_lower_bound(strata, plan.confidence)
+    excess = copies_lower_bound(strata, plan.false_positive_rate, plan.confidence)
     return PlantedControl(
         planted_fraction=plan.planted_fraction,
         tpr=tpr.interval,

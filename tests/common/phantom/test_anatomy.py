@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from common.phantom.arteries import draw_pose, grow
 from common.phantom.draw import draw, patient_rng
 from common.phantom.fields import blur, smooth_fields
 from common.phantom.hippocampus import ANTERIOR, POSTERIOR
@@ -54,6 +57,34 @@ def test_inflow_fades_from_thick_vessels_to_thin_ones():
         depth = ndimage.distance_transform_edt(label.voxels)
         fading.append(image.voxels[depth >= 2].mean() / image.voxels[depth == 1].mean())
     assert min(fading) > 1.1
+
+
+def test_patients_vary_one_anatomy_and_are_told_apart_by_their_vessels():
+    labels = [label.voxels.ravel() for _, label in cohort(PhantomKind.VESSELS, ANGIO, 40)]
+    overlaps = [2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in combinations(labels, 2)]
+    assert 0.25 < np.mean(overlaps) < 0.5
+    assert max(overlaps) < 0.7
+    half, other = np.mean(labels[:20], axis=0), np.mean(labels[20:], axis=0)
+    assert np.corrcoef(half, other)[0, 1] > 0.8  # vessels scattered at random: 0.36
+    assert np.mean(labels, axis=0).max() > 0.7
+
+
+def test_the_carotid_rises_from_dark_bone_and_branches_reach_the_other_borders():
+    drawn = cohort(PhantomKind.VESSELS, ANGIO, 20)
+    for image, label in drawn:
+        outside = image.voxels * (1 - label.voxels)
+        assert label.voxels[:, :, 0].any()
+        assert outside[16:, 16:, :3].mean() < 0.6 * outside[:, :, 20:].mean()
+    reached = np.mean([label.voxels for _, label in drawn], axis=0)
+    lateral, medial = reached[:2].max(), reached[-2:].max()
+    anterior, top = reached[:, -2:].max(), reached[:, :, -2:].max()
+    assert min(lateral, medial, anterior, top) > 0.1
+
+
+def test_some_patients_lack_a_branch_or_have_one_more():
+    rng, field = np.random.default_rng(2), np.array([48.0, 48.0, 48.0])
+    points = {len(grow(rng, draw_pose(rng), field).radii) for _ in range(20)}
+    assert len(points) > 10
 
 
 def test_hippocampus_labels_have_the_size_and_place_of_real_ones():

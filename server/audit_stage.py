@@ -1,0 +1,220 @@
+"""The audit as the campaign conducts it: the plan is fixed and recorded before anybody looks.
+
+(1) plan made from public settings, written, and its digest put into the evidence chain
+(2) one `ScoreOrder` to every site whose generator went in
+(3) validate each answer; store the answers
+(4) judge, store the result
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import rfc8785
+from pydantic import TypeAdapter
+
+from common.errors import IntegrityError, UsageError
+from common.evidence.atomic import write_atomic
+from common.evidence.canonical import Json
+from common.evidence.chain import EvidenceChain
+from common.generator.weights import Weights
+from common.measure.audit_plan import AuditPlan, make_plan
+from common.protocol.messages import RefusalReply, Reply, ScoreOrder, ScoreReply
+from common.settings.load import study_digest
+from common.settings.study import Study
+from server.audit.result import AuditResult
+from server.audit.verdict import judge
+from server.evidence_log import append_once
+from server.sites import NoReply, Sites
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What the sites answered to one plan about one generator. missing: fixed phrase by site."""
+
+    plan_digest: str
+    weights_digest: str
+    replies: Mapping[str, ScoreReply]
+    missing: Mapping[str, str]
+
+    def to_json(self) -> bytes:
+        """Canonical JSON."""
+        data: bytes = rfc8785.dumps(_ADAPTER.dump_python(self, mode="json"))
+        return data
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Answers:
+        """Read back what `to_json` wrote. Raises ValueError for anything else."""
+        return _ADAPTER.validate_json(data)
+
+
+_ADAPTER = TypeAdapter(Answers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditFolder:
+    """`audit/` of a run."""
+
+    path: Path
+
+    @property
+    def plan_file(self) -> Path:
+        """The plan, fixed before looking."""
+        return self.path / "plan.json"
+
+    @property
+    def answers_file(self) -> Path:
+        """The sites' noised answers."""
+        return self.path / "answers.json"
+
+    @property
+    def result_file(self) -> Path:
+        """The verdict and all it rests on."""
+        return self.path / "result.json"
+
+    def plan(self) -> AuditPlan | None:
+        """The stored plan. Raises IntegrityError when it is damaged."""
+        if not self.plan_file.exists():
+            return None
+        try:
+            return AuditPlan.from_json(self.plan_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise _damaged(self.plan_file) from error
+
+    def answers(self) -> Answers | None:
+        """The stored answers. Raises IntegrityError when they are damaged."""
+        if not self.answers_file.exists():
+            return None
+        try:
+            return Answers.from_json(self.answers_file.read_bytes())
+        except ValueError as error:
+            raise _damaged(self.answers_file) from error
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Question:
+    """What is audited, and by whom.
+
+    participants: sites whose generators went in. reference: the public start. seed: of the candidate volumes.
+    """
+
+    participants: tuple[str, ...]
+    generator: Weights
+    reference: Weights
+    seed: int
+
+
+def conduct_audit(
+    study: Study,
+    sites: Sites,
+    folder: AuditFolder,
+    question: Question,
+    *,
+    chain: EvidenceChain,
+    now: Callable[[], datetime],
+) -> AuditResult:
+    """Steps (1) to (4). What is already on disk is not asked again; a site would answer from its cache anyway."""
+    participants, generator = question.participants, question.generator
+    plan = _fixed_plan(study, folder, participants)  # (1)
+    fixed: dict[str, Json] = {
+        "plan_digest": plan.digest,
+        "weights_digest": generator.digest,
+        "reference_digest": question.reference.digest,
+        "seed": question.seed,
+    }
+    append_once(chain, "audit-plan", fixed, now)
+
+    answers = folder.answers()
+    if not _complete(answers, plan, generator, participants):
+        order = ScoreOrder(  # (2)
+            study_digest=study_digest(study),
+            weights=generator,
+            weights_digest=generator.digest,
+            reference_digest=question.reference.digest,
+            audit_plan_json=plan.to_json(),
+            audit_plan_digest=plan.digest,
+            seed=question.seed,
+            volumes=plan.volumes,
+        )
+        replies = sites.ask(dict.fromkeys(participants, order), study.federation.deadline_s)
+        answers = _sorted_out(replies, order)  # (3)
+        write_atomic(folder.answers_file, answers.to_json())
+    assert answers is not None  # noqa: S101  # for mypy: `_complete` refuses None
+    stored = hashlib.sha256(answers.to_json()).hexdigest()
+    append_once(chain, "audit-answers", {"sha256": stored, "missing": dict(answers.missing)}, now)
+
+    result = judge(plan, answers.replies, study.release)  # (4)
+    write_atomic(folder.result_file, result.to_json().encode())
+    append_once(chain, "audit-result", {"verdict": result.verdict.value, "result_digest": result.digest}, now)
+    return result
+
+
+def _fixed_plan(study: Study, folder: AuditFolder, participants: tuple[str, ...]) -> AuditPlan:
+    """The stored plan, or a new one. It follows from public settings alone, so another one on disk is damage."""
+    plan = make_plan(study, participants)
+    stored = folder.plan()
+    if stored is None:
+        write_atomic(folder.plan_file, plan.to_json().encode())
+    elif stored != plan:
+        raise IntegrityError(
+            f"{folder.plan_file} is not the plan that the study prescribes; nothing was scored. "
+            "It was changed, or written by another version: start a new run."
+        )
+    return plan
+
+
+def _complete(answers: Answers | None, plan: AuditPlan, generator: Weights, participants: tuple[str, ...]) -> bool:
+    return (
+        answers is not None
+        and (answers.plan_digest, answers.weights_digest) == (plan.digest, generator.digest)
+        and set(answers.replies) == set(participants)
+    )
+
+
+def _sorted_out(replies: Mapping[str, Reply | NoReply], order: ScoreOrder) -> Answers:
+    """Usable answers, and why others are missing."""
+    usable: dict[str, ScoreReply] = {}
+    missing: dict[str, str] = {}
+    for name, answer in replies.items():
+        match answer:
+            case NoReply(reason=reason):
+                missing[name] = str(reason)
+            case RefusalReply(code=code):
+                missing[name] = f"site refused ({code})"
+            case ScoreReply() if (answer.study_digest, answer.weights_digest, answer.audit_plan_digest) == (
+                order.study_digest,
+                order.weights_digest,
+                order.audit_plan_digest,
+            ):
+                usable[name] = answer
+            case _:
+                missing[name] = "reply is to another question"
+    return Answers(
+        plan_digest=order.audit_plan_digest, weights_digest=order.weights_digest, replies=usable, missing=missing
+    )
+
+
+def _damaged(path: Path) -> IntegrityError:
+    return IntegrityError(
+        f"{path} is damaged; nothing was judged. Delete it and repeat the command: "
+        "the sites answer again from their caches, at no further cost."
+    )
+
+
+def rejudge(study: Study, folder: AuditFolder) -> tuple[AuditResult, bool]:
+    """The verdict on the stored answers, reached again; and whether it is the one that was recorded.
+
+    Raises UsageError when the run has not been audited yet.
+    """
+    plan, answers = folder.plan(), folder.answers()
+    if plan is None or answers is None:
+        raise UsageError(
+            f"the run has no answers of its sites yet ({folder.path}); nothing was judged. Resume the run."
+        )
+    result = judge(plan, answers.replies, study.release)
+    recorded = folder.result_file.is_file() and folder.result_file.read_text(encoding="utf-8") == result.to_json()
+    return result, recorded

@@ -1,0 +1,297 @@
+"""One study from enrolment to a signed outcome.
+
+(1) warm start on public phantoms; its digest goes into every enrolment
+(2) enrolment: who takes part, hold-outs committed
+(3) rounds
+(4) audit: plan fixed and recorded, then scores, then verdict
+(5) candidates drawn and quarantined
+(6) utility
+(7) statements: what each site's ledger says after its last answer
+(8) gate
+(9) report, and the signed release or refusal
+
+Each stage leaves its result on disk and is read back from there, so a killed coordinator goes on where it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+from common.evidence.chain import EvidenceChain
+from common.evidence.predicate import CohortEpsilon, DecisionFacts, Outcome
+from common.generator.network import read_weights, save_weights
+from common.privacy.calibration import calibrate
+from common.privacy.mechanism import Plan
+from common.privacy.mechanism_json import mechanism_json
+from common.settings.load import study_digest
+from common.settings.study import Study
+from common.telemetry.events import CampaignStarted, Observer, StageFinished
+from server.audit_stage import AuditFolder, Question, conduct_audit
+from server.checkpoint import CheckpointStore
+from server.enrolment import ENROLMENT_RECORD, Enrolment, enrol, enrolment_from
+from server.evidence_log import append_once, last_record
+from server.pretrain import WarmStart, warm_start
+from server.release_stage import (
+    Trained,
+    candidates_seed,
+    decide_release,
+    publish,
+    quarantine_candidates,
+    statements_of,
+    utility_of,
+    write_report,
+)
+from server.round import TrainingCampaign, hold_rounds
+from server.run_folder import RunFolder, RunState, read_decision
+from server.seeds import derive
+from server.sites import RoundSites
+
+# Sites count equally whatever their size: exact counts are private, and no study states other weights yet.
+EQUAL_WEIGHT: Final = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CampaignOutcome:
+    """How a campaign ended. sites: epsilon of members and non-members by site, from the ledgers' statements."""
+
+    outcome: Outcome
+    reasons: tuple[str, ...]
+    decision_id: str
+    generator_digest: str
+    simulated: bool
+    sites: Mapping[str, tuple[CohortEpsilon, CohortEpsilon]]
+    release: Path
+    report: Path
+
+    @classmethod
+    def of(cls, facts: DecisionFacts, run: RunFolder) -> CampaignOutcome:
+        """From the decision in the signed outcome."""
+        return cls(
+            outcome=facts.outcome,
+            reasons=facts.reasons,
+            decision_id=facts.id,
+            generator_digest=facts.generator_digest,
+            simulated=facts.simulated,
+            sites={name: (site.members, site.nonmembers) for name, site in facts.sites.items()},
+            release=run.release,
+            report=run.report,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Campaign:
+    """What every stage needs."""
+
+    study: Study
+    sites: RoundSites
+    run: RunFolder
+    seed: int
+    observer: Observer
+    now: Callable[[], datetime]
+
+    @property
+    def chain(self) -> EvidenceChain:
+        """The run's evidence; the object holds no state of its own."""
+        return EvidenceChain(self.run.evidence)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the run as such is a simulation."""
+        return self.run.facts.simulated
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Time a stage; the block says how it ended."""
+        began = time.monotonic()
+        words = ["done"]
+        yield words.append
+        self.observer(StageFinished(stage=name, outcome=words[-1], seconds=round(time.monotonic() - began, 3)))
+
+
+def run_campaign(
+    study: Study,
+    sites: RoundSites,
+    run: RunFolder,
+    *,
+    seed: int,
+    observer: Observer,
+    now: Callable[[], datetime],
+) -> CampaignOutcome:
+    """Stages (1) to (9), or what is left of them. The caller holds the run folder's lock.
+
+    Raises Unreachable when too few sites enrol or train, IntegrityError when something on disk is damaged,
+    SettingsError when the privacy target cannot be met; the run can be resumed after all of them but the last.
+    """
+    campaign = Campaign(study=study, sites=sites, run=run, seed=seed, observer=observer, now=now)
+    if run.facts.state is RunState.FINISHED or run.release.exists():
+        return _finish(campaign)
+    plan = calibrate(study.privacy, study.training)
+    _record_beginning(campaign, plan)
+    public = _warm_start(campaign)  # (1)
+    enrolment = _enrol(campaign, public)  # (2)
+    trained = _train(campaign, plan, public, enrolment)  # (3)
+    _audit_and_decide(campaign, trained, public)  # (4) to (9)
+    return _finish(campaign)
+
+
+def _record_beginning(campaign: Campaign, plan: Plan) -> None:
+    facts = campaign.run.facts
+    append_once(
+        campaign.chain,
+        "campaign",
+        {
+            "study": campaign.study.study,
+            "study_digest": facts.study_digest,
+            "sites": list(facts.sites),
+            "engine": facts.engine.value,
+            "simulated": facts.simulated,
+            "seed": campaign.seed if facts.simulated else None,
+            "mechanism": mechanism_json(plan.mechanism),
+            "clip_norm": plan.clip_norm,
+            "divisor": plan.divisor,
+            "code_version": version("consilium"),
+        },
+        campaign.now,
+    )
+
+
+def _warm_start(campaign: Campaign) -> WarmStart:
+    """Stage (1), from disk when it is there: it depends on the study and the seed alone."""
+    folder = campaign.run.warm_start
+    generator, critic = folder / "generator.safetensors", folder / "critic.safetensors"
+    with campaign.stage("warm start") as ended:
+        if generator.exists() and critic.exists():
+            public = WarmStart(generator=read_weights(generator), critic=read_weights(critic))
+            ended("read back")
+        else:
+            public = warm_start(campaign.study, derive(campaign.seed, "warm start"), campaign.observer)
+            save_weights(generator, public.generator)
+            save_weights(critic, public.critic)
+        body = {"generator_digest": public.generator.digest, "critic_digest": public.critic.digest}
+        append_once(campaign.chain, "warm-start", body, campaign.now)
+    return public
+
+
+def _enrol(campaign: Campaign, public: WarmStart) -> Enrolment:
+    """Stage (2), from the evidence when it is there: participants never change within a run."""
+    record = last_record(campaign.chain, ENROLMENT_RECORD)
+    with campaign.stage("enrolment") as ended:
+        if record is not None:
+            enrolment = enrolment_from(record, study_digest(campaign.study))
+        else:
+            enrolment = enrol(
+                campaign.study,
+                campaign.sites,
+                public_generator=public.generator,
+                public_critic=public.critic,
+                chain=campaign.chain,
+                now=campaign.now,
+            )
+        ended(f"{len(enrolment.names)} of {len(campaign.sites.names)} sites")
+    return enrolment
+
+
+def _train(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolment) -> Trained:
+    """Stage (3)."""
+    digest = study_digest(campaign.study)
+    store = CheckpointStore(campaign.run.checkpoints, study_digest=digest)
+    campaign.observer(
+        CampaignStarted(
+            study=campaign.study.study,
+            sites=len(enrolment.names),
+            rounds=plan.rounds,
+            first_round=len(store.rounds()) + 1,
+            simulated=campaign.simulated or enrolment.simulated,
+        )
+    )
+    with campaign.stage("training") as ended:
+        last = hold_rounds(
+            TrainingCampaign(
+                study=campaign.study,
+                study_digest=digest,
+                plan=plan,
+                participants=enrolment.names,
+                site_weights=dict.fromkeys(enrolment.names, EQUAL_WEIGHT),
+                sites=campaign.sites,
+                store=store,
+                chain=campaign.chain,
+                observer=campaign.observer,
+                now=campaign.now,
+            ),
+            public.generator,
+        )
+        ended(f"{last.record.round} rounds")
+    return Trained(
+        study=campaign.study,
+        plan=plan,
+        enrolment=enrolment,
+        generator=last.average,
+        rounds=tuple(store.records()),
+    )
+
+
+def _audit_and_decide(campaign: Campaign, trained: Trained, public: WarmStart) -> None:
+    """Stages (4) to (9)."""
+    run, chain, now = campaign.run, campaign.chain, campaign.now
+    with campaign.stage("audit") as ended:  # (4)
+        audit = conduct_audit(
+            trained.study,
+            campaign.sites,
+            AuditFolder(path=run.audit),
+            Question(
+                participants=trained.participants,
+                generator=trained.generator,
+                reference=public.generator,
+                seed=candidates_seed(campaign.seed),
+            ),
+            chain=chain,
+            now=now,
+        )
+        ended(audit.verdict.value)
+    with campaign.stage("candidates"):  # (5)
+        candidates = quarantine_candidates(
+            trained, run, seed=campaign.seed, chain=chain, observer=campaign.observer, now=now
+        )
+    with campaign.stage("utility"):  # (6)
+        utility = utility_of(
+            trained, campaign.sites, run, seed=campaign.seed, chain=chain, observer=campaign.observer, now=now
+        )
+    with campaign.stage("release") as ended:
+        statements = statements_of(trained, campaign.sites, chain=chain, now=now)  # (7)
+        decision = decide_release(  # (8)
+            trained,
+            statements=statements,
+            audit=audit,
+            simulated=campaign.simulated or trained.enrolment.simulated,
+            candidates=candidates,
+        )
+        report = write_report(  # (9)
+            trained,
+            run,
+            decision,
+            audit=audit,
+            utility=utility,
+            seed=campaign.seed,
+            chain=chain,
+            now=now(),
+        )
+        publish(trained, run, decision, report=report, utility=utility, chain=chain, now=now())
+        ended(decision.outcome.value)
+
+
+def _finish(campaign: Campaign) -> CampaignOutcome:
+    """The outcome as it was signed, and a run that says it is finished."""
+    facts = read_decision(campaign.run.release)
+    if facts.outcome is Outcome.RELEASE and campaign.run.candidates.exists():
+        shutil.rmtree(campaign.run.candidates)  # a kill right after the release was written left them in quarantine
+    if campaign.run.facts.state is not RunState.FINISHED:
+        campaign.run.finish(facts.outcome.value)
+    return CampaignOutcome.of(facts, campaign.run)

@@ -1,0 +1,286 @@
+"""From a finished training to a signed outcome: candidates, utility, statements, gate, report, bundle.
+
+Every function reads back what an earlier attempt left, so a killed coordinator repeats nothing that counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from itertools import chain as joined
+from typing import Final
+
+from common.errors import IntegrityError
+from common.evidence.atomic import write_atomic
+from common.evidence.canonical import Json
+from common.evidence.chain import EvidenceChain
+from common.evidence.predicate import Outcome
+from common.evidence.signing import create_signing_key, load_signing_key
+from common.generator.network import PairGenerator, generator_from
+from common.generator.sampling import sample_batches, sample_pairs
+from common.generator.weights import Weights
+from common.privacy.mechanism import Plan
+from common.privacy.mechanism_json import mechanism_json
+from common.protocol.messages import StatementOrder, StatementReply
+from common.settings.load import study_digest
+from common.settings.study import Study
+from common.telemetry.events import Observer
+from server.audit.facts import ReportFacts, RoundCourse
+from server.audit.report import render_report, render_summary
+from server.audit.result import AuditResult
+from server.checkpoint import RoundRecord
+from server.enrolment import Enrolment
+from server.evidence_log import append_once, last_record
+from server.pretrain import public_phantoms
+from server.release.bundle import (
+    Dossier,
+    candidates_digest,
+    record_decision,
+    write_candidates,
+    write_refusal,
+    write_release,
+)
+from server.release.gate import Decision, decide
+from server.release.policies import ReleaseEvidence, SiteStatement, default_policies
+from server.round import training_epsilon
+from server.run_folder import RunFolder
+from server.seeds import derive
+from server.sites import Sites
+from server.utility import UtilityResult, measure_utility
+
+_GALLERY: Final = 4  # volumes shown in the report
+_VERSIONED: Final = ("consilium", "flwr", "torch", "opacus", "monai", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trained:
+    """What training left, as the later stages need it.
+
+    generator: what is audited and may be released. rounds: every round held.
+    """
+
+    study: Study
+    plan: Plan
+    enrolment: Enrolment
+    generator: Weights
+    rounds: tuple[RoundRecord, ...]
+
+    @property
+    def participants(self) -> tuple[str, ...]:
+        """Sites whose replies entered the generator, in the order of the study."""
+        used = set(joined.from_iterable(record.replies for record in self.rounds))
+        return tuple(name for name in self.enrolment.names if name in used)
+
+    @property
+    def network(self) -> PairGenerator:
+        """The generator, ready to sample."""
+        return generator_from(self.study, self.generator)
+
+
+def candidates_seed(seed: int) -> int:
+    """Latent seed of the candidate volumes: those that sites score begin with those that may be released."""
+    return derive(seed, "candidates")
+
+
+def quarantine_candidates(
+    trained: Trained,
+    run: RunFolder,
+    *,
+    seed: int,
+    chain: EvidenceChain,
+    observer: Observer,
+    now: Callable[[], datetime],
+) -> str:
+    """Draw the volumes that may be released and keep them under quarantine; returns their digest.
+
+    Raises IntegrityError when volumes that were quarantined before have changed.
+    """
+    drawn_from: dict[str, Json] = {
+        "weights_digest": trained.generator.digest,
+        "seed": candidates_seed(seed),
+        "volumes": trained.study.release.volumes,
+    }
+    earlier = last_record(chain, "candidates")
+    if run.candidates.exists():
+        digest = candidates_digest(run.candidates)
+        if earlier is not None and earlier.body.get("digest") != digest:
+            raise IntegrityError(
+                f"the volumes in {run.candidates} changed after they were quarantined; nothing was released. "
+                "Delete that folder and repeat the command to draw them again."
+            )
+    else:
+        batches = sample_batches(
+            trained.network, seed=candidates_seed(seed), first=0, count=trained.study.release.volumes
+        )
+        digest = write_candidates(run.candidates, joined.from_iterable(batches), trained.study, observer)
+    append_once(chain, "candidates", {**drawn_from, "digest": digest}, now)
+    return digest
+
+
+def utility_of(
+    trained: Trained,
+    sites: Sites,
+    run: RunFolder,
+    *,
+    seed: int,
+    chain: EvidenceChain,
+    observer: Observer,
+    now: Callable[[], datetime],
+) -> UtilityResult | None:
+    """Measure, or read back, how useful the synthetic volumes are; None when the study does not ask for it."""
+    study = trained.study
+    if study.utility.training_steps == 0:
+        return None
+    if run.utility.exists():
+        try:
+            result = UtilityResult.from_json(run.utility.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise IntegrityError(
+                f"{run.utility} is damaged; nothing was released. Delete it and repeat the command: the sites "
+                "answer again from their caches."
+            ) from error
+    else:
+        result = measure_utility(
+            study,
+            sites,
+            synthetic=sample_pairs(trained.network, seed=derive(seed, "utility"), first=0, count=study.utility.volumes),
+            phantom=public_phantoms(study, derive(seed, "utility phantoms"), study.utility.volumes),
+            seed=derive(seed, "segmenter"),
+            ask_real=study.privacy.target_epsilon is None,  # a research study: nothing of it is released
+            observer=observer,
+        )
+        write_atomic(run.utility, result.to_json().encode())
+    append_once(chain, "utility", {"sha256": hashlib.sha256(result.to_json().encode()).hexdigest()}, now)
+    return result
+
+
+def statements_of(
+    trained: Trained, sites: Sites, *, chain: EvidenceChain, now: Callable[[], datetime]
+) -> dict[str, SiteStatement]:
+    """What each participant's ledger says now, after its last answer. A site that does not answer is missing."""
+    digest = study_digest(trained.study)
+    order = StatementOrder(study_digest=digest)
+    answers = sites.ask(dict.fromkeys(trained.participants, order), trained.study.federation.deadline_s)
+    stated = {name: answer for name, answer in answers.items() if isinstance(answer, StatementReply)}
+    body: dict[str, Json] = {
+        name: {
+            "members": [mechanism_json(m) for m in reply.members],
+            "nonmembers": [mechanism_json(m) for m in reply.nonmembers],
+            "ledger_head": reply.ledger_head,
+        }
+        for name, reply in stated.items()
+    }
+    append_once(chain, "statements", body, now)
+    return {
+        name: SiteStatement.of(
+            enrolled=trained.enrolment.participants[name],
+            stated=reply,
+            rounds=sum(name in record.replies for record in trained.rounds),
+            delta=trained.study.privacy.delta,
+        )
+        for name, reply in stated.items()
+    }
+
+
+def decide_release(
+    trained: Trained,
+    *,
+    statements: Mapping[str, SiteStatement],
+    audit: AuditResult,
+    simulated: bool,
+    candidates: str,
+) -> Decision:
+    """Ask the gate with every default policy of the study."""
+    evidence = ReleaseEvidence(
+        study=trained.study,
+        plan=trained.plan,
+        sites=trained.participants,
+        statements=statements,
+        audit=audit,
+        simulated=simulated,
+        generator_digest=trained.generator.digest,
+        candidates_digest=candidates,
+    )
+    return decide(evidence, default_policies(trained.study))
+
+
+def publish(
+    trained: Trained,
+    run: RunFolder,
+    decision: Decision,
+    *,
+    report: str,
+    utility: UtilityResult | None,
+    chain: EvidenceChain,
+    now: datetime,
+) -> None:
+    """Write `release/`: the signed bundle, or the signed refusal. The candidates leave quarantine only in a bundle."""
+    key = load_signing_key(run.auditor_key) if run.auditor_key.exists() else create_signing_key(run.auditor_key)
+    dossier = Dossier(study=trained.study, decision=decision, report_html=report, utility=utility)
+    if decision.outcome is Outcome.RELEASE:
+        write_release(
+            run.release,
+            dossier=dossier,
+            candidates=run.candidates,
+            generator=trained.generator,
+            chain=chain,
+            key=key,
+            now=now,
+        )
+    else:
+        write_refusal(run.release, dossier=dossier, chain=chain, key=key, now=now)
+
+
+def write_report(
+    trained: Trained,
+    run: RunFolder,
+    decision: Decision,
+    *,
+    audit: AuditResult,
+    utility: UtilityResult | None,
+    seed: int,
+    chain: EvidenceChain,
+    now: datetime,
+) -> str:
+    """Write `report.html` and `summary.md`; returns the page. Records the decision first, whose digest it shows."""
+    record_decision(chain, decision, now)
+    facts = ReportFacts(
+        study=trained.study,
+        decision=decision.facts,
+        plan=trained.plan,
+        audit=audit,
+        utility=utility,
+        rounds=_course(trained),
+        synthetic=sample_pairs(trained.network, seed=candidates_seed(seed), first=0, count=_GALLERY),
+        phantom=public_phantoms(trained.study, derive(seed, "gallery"), _GALLERY),
+        seed=seed if decision.facts.simulated else None,
+        versions=_versions(),
+        evidence={"evidence chain": chain.head},
+        made_at=now,
+    )
+    page = render_report(facts)
+    write_atomic(run.report, page.encode())
+    write_atomic(run.summary, render_summary(facts).encode())
+    return page
+
+
+def _course(trained: Trained) -> tuple[RoundCourse, ...]:
+    return tuple(
+        RoundCourse(
+            round=record.round,
+            epsilon=training_epsilon(trained.plan, record.round),
+            used=tuple(record.replies),
+            excluded=record.excluded,
+            seconds=record.seconds,
+            update_norms=record.update_norms,
+        )
+        for record in trained.rounds
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in _VERSIONED}}

@@ -1,0 +1,141 @@
+"""Hospitals that answer from a script, and a campaign with them: no data, no training, every order a site can get."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from loopback_sites import LoopbackSites
+
+from common.generator.weights import Weights
+from common.measure.audit_plan import AuditPlan
+from common.protocol.messages import (
+    EnrolOrder,
+    EnrolReply,
+    NoisedHistogram,
+    Order,
+    RefusalCode,
+    RefusalReply,
+    Reply,
+    ScoreOrder,
+    ScoreReply,
+    StatementOrder,
+    StatementReply,
+    TrainOrder,
+    TrainReply,
+)
+from common.settings.load import parse_study, study_digest
+from common.telemetry.events import Event, ignore
+from server.campaign import CampaignOutcome, run_campaign
+from server.run_folder import Engine, RunFacts, RunFolder
+
+STUDY = parse_study(
+    json.dumps(
+        {
+            "study": "campaign",
+            "purpose": "tests of a whole campaign",
+            "family": "wgan",
+            "modality": "angio",
+            "labels": {"1": "vessel"},
+            "grid": {"shape": [16, 16, 16], "spacing_mm": [1.0, 1.0, 1.0]},
+            "intensity": {"kind": "robust", "low": 1.0, "high": 99.0},
+            "privacy": {
+                "target_epsilon": 4.0,
+                "delta": 3e-5,
+                "sampling_probability": 0.1,
+                "reference_patients": 3000,
+                "epsilon_cap": 20.0,
+            },
+            "training": {
+                "rounds": 2,
+                "critic_steps_per_round": 2,
+                "latent_size": 8,
+                "generator_width": 8,
+                "critic_width": 4,
+            },
+            "warm_start": {"phantom": "vessels", "volumes": 16, "steps": 0},
+            "release": {"volumes": 2},
+            "utility": {"training_steps": 0},
+        }
+    )
+)
+DIGEST = study_digest(STUDY)
+NOW = datetime.now(UTC).replace(microsecond=0)  # a release of another day would be too early or expired
+
+
+class ScriptedSite:
+    """A hospital with 6000 members and 3000 others who all score alike, and whose planted copies stand out."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._plan: AuditPlan | None = None
+        self._trained: dict[int, TrainOrder] = {}
+
+    def __call__(self, order: Order) -> Reply:
+        match order:
+            case EnrolOrder():
+                return EnrolReply(
+                    study_digest=DIGEST,
+                    holdout_commitment=f"{self._number:064x}",
+                    policy_digest="b" * 64,
+                    code_digest="c" * 64,
+                    simulated=False,
+                )
+            case TrainOrder():
+                self._trained[order.round] = order
+                step = np.float32(0.01 * self._number)
+                moved = Weights({name: array + step for name, array in order.weights.arrays.items()})
+                return TrainReply(study_digest=DIGEST, round=order.round, weights=moved, weights_digest=moved.digest)
+            case ScoreOrder():
+                self._plan = AuditPlan.from_json(order.audit_plan_json)
+                return ScoreReply(
+                    study_digest=DIGEST,
+                    weights_digest=order.weights_digest,
+                    audit_plan_digest=order.audit_plan_digest,
+                    histograms=tuple(histograms(self._plan)),
+                )
+            case StatementOrder():
+                rounds = tuple(order.plan.one_round for order in self._trained.values())
+                return StatementReply(
+                    study_digest=DIGEST,
+                    members=rounds + (self._plan.member_mechanisms if self._plan else ()),
+                    nonmembers=self._plan.nonmember_mechanisms if self._plan else (),
+                    ledger_head=f"{self._number:064x}",
+                )
+        return RefusalReply(code=RefusalCode.INTERNAL)
+
+
+def histograms(plan: AuditPlan) -> Iterator[NoisedHistogram]:
+    for endpoint in plan.endpoints:
+        place = np.arange(endpoint.bins) / endpoint.bins
+        bell = np.where(place < 0.7, np.exp(-0.5 * ((place - 0.35) / 0.12) ** 2), 0.0)
+        shape = bell / bell.sum()
+        for group, patients in (("member_a", 3000), ("member_b", 3000), ("nonmember", 3000), ("planted", 3000)):
+            copied = plan.planted_fraction if group == "planted" else 0.0
+            counts = np.round(patients * (1 - copied) * shape).astype(int)
+            counts[-1] += round(patients * copied)
+            yield NoisedHistogram(
+                endpoint=endpoint.name.value,
+                group=group,
+                counts=tuple(int(n) for n in counts),
+                epsilon=plan.epsilon_per_answer,
+            )
+
+
+def run_folder(folder: Path) -> RunFolder:
+    facts = RunFacts(engine=Engine.NETWORK, sites=("a", "b", "c"), seed=0, simulated=False, study_digest=DIGEST)
+    return RunFolder.create_or_resume(folder, STUDY, facts)
+
+
+def scripted() -> dict[str, Callable[[Order], Reply]]:
+    return {"a": ScriptedSite(1), "b": ScriptedSite(2), "c": ScriptedSite(3)}
+
+
+def hold(
+    folder: Path, sites: LoopbackSites, observer: Callable[[Event], None] = ignore
+) -> tuple[CampaignOutcome, RunFolder]:
+    run = run_folder(folder)
+    return run_campaign(STUDY, sites, run, seed=0, observer=observer, now=lambda: NOW), run

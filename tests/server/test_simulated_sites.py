@@ -1,0 +1,170 @@
+"""The simulated hospitals' disks: where their patients come from and what their policies allow."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from common.errors import UsageError
+from common.privacy.mechanism import DpSgd, Plan
+from common.settings.load import parse_study, study_digest
+from common.settings.site import OrderKind, PhantomSource, load_policy, load_site
+from server.run_folder import Engine, RunFacts, RunFolder
+from server.seeds import derive
+from server.simulated_sites import Cohorts, plan_sites, write_sites
+
+STUDY = parse_study(
+    json.dumps(
+        {
+            "study": "hospitals",
+            "purpose": "tests of simulated hospitals",
+            "family": "wgan",
+            "modality": "angio",
+            "labels": {"1": "vessel"},
+            "grid": {"shape": [16, 16, 16], "spacing_mm": [1.0, 1.0, 1.0]},
+            "intensity": {"kind": "robust", "low": 1.0, "high": 99.0},
+            "privacy": {
+                "target_epsilon": 8.0,
+                "delta": 1e-3,
+                "sampling_probability": 0.1,
+                "reference_patients": 50,
+                "epsilon_cap": 20.0,
+            },
+            "training": {"rounds": 3, "critic_steps_per_round": 5},
+            "warm_start": {"phantom": "vessels"},
+            "federation": {"quorum": 2, "minimum_patients": 4},
+        }
+    )
+)
+PLAN = Plan(
+    mechanism=DpSgd(noise_multiplier=0.9, sampling_probability=0.1, steps=15),
+    clip_norm=1.0,
+    divisor=5.0,
+    steps_per_round=5,
+    rounds=3,
+    target_epsilon=8.0,
+    delta=1e-3,
+)
+NOW = datetime(2027, 1, 1, tzinfo=UTC)
+PHANTOMS = Cohorts(folder=None, sites=None, phantoms=30)
+
+
+def scans(folder: Path, patients: int) -> Path:
+    """File names as in a Decathlon task; nothing is read from them here."""
+    for kind in ("imagesTr", "labelsTr"):
+        (folder / kind).mkdir(parents=True)
+        for i in range(patients):
+            (folder / kind / f"case_{i:03d}.nii.gz").touch()
+    return folder
+
+
+def run_with(folder: Path, cohorts: Cohorts) -> RunFolder:
+    settings = plan_sites(STUDY, cohorts, 0)
+    facts = RunFacts(
+        engine=Engine.LOCAL,
+        sites=tuple(site.site for site in settings),
+        seed=0,
+        simulated=True,
+        study_digest=study_digest(STUDY),
+    )
+    run = RunFolder.create_or_resume(folder, STUDY, facts)
+    write_sites(run, settings, STUDY, PLAN, NOW)
+    return run
+
+
+def test_three_hospitals_draw_different_patients_on_different_scanners():
+    sources = [site.data for site in plan_sites(STUDY, PHANTOMS, 0)]
+    assert all(isinstance(source, PhantomSource) for source in sources)
+    assert [source.site for source in sources if isinstance(source, PhantomSource)] == [1, 2, 3]
+
+
+def test_hospitals_never_draw_from_the_seed_of_the_public_warm_start():
+    seeds = {site.data.seed for site in plan_sites(STUDY, PHANTOMS, 0) if isinstance(site.data, PhantomSource)}
+    assert not seeds & {0, derive(0, "warm start"), derive(0, "candidates")}
+
+
+def test_every_hospital_has_its_own_randomness():
+    seeds = {site.simulation_seed for site in plan_sites(STUDY, PHANTOMS, 0)}
+    assert len(seeds) == 3
+    assert None not in seeds
+
+
+def test_one_folder_is_shared_out_by_patient(tmp_path: Path):
+    settings = plan_sites(STUDY, Cohorts(folder=scans(tmp_path / "scans", 30), sites=2, phantoms=1), 0)
+    assert [(site.data, site.part) for site in settings] == [
+        (tmp_path / "scans", (0, 2)),
+        (tmp_path / "scans", (1, 2)),
+    ]
+
+
+def test_folders_of_hospitals_are_taken_as_they_are(tmp_path: Path):
+    for number in (1, 2, 3, 4):
+        scans(tmp_path / f"site-{number}", 10)
+    settings = plan_sites(STUDY, Cohorts(folder=tmp_path, sites=None, phantoms=1), 0)
+    assert [(site.data, site.part) for site in settings] == [(tmp_path / f"site-{n}", None) for n in (1, 2, 3, 4)]
+
+
+def test_a_number_of_sites_that_contradicts_the_folders_is_refused(tmp_path: Path):
+    for number in (1, 2):
+        scans(tmp_path / f"site-{number}", 10)
+    with pytest.raises(UsageError, match="folders for 2 sites, --sites asks for 3"):
+        plan_sites(STUDY, Cohorts(folder=tmp_path, sites=3, phantoms=1), 0)
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path):
+    with pytest.raises(UsageError, match="is not a folder"):
+        plan_sites(STUDY, Cohorts(folder=tmp_path / "nowhere", sites=None, phantoms=1), 0)
+
+
+def test_a_folder_without_scans_is_refused(tmp_path: Path):
+    with pytest.raises(UsageError):
+        plan_sites(STUDY, Cohorts(folder=tmp_path, sites=None, phantoms=1), 0)
+
+
+def test_a_hospital_folder_without_a_usable_pair_is_refused(tmp_path: Path):
+    scans(tmp_path / "site-1", 10)
+    scans(tmp_path / "site-2", 0)
+    with pytest.raises(UsageError, match="no usable pair"):
+        plan_sites(STUDY, Cohorts(folder=tmp_path, sites=None, phantoms=1), 0)
+
+
+def test_fewer_patients_than_the_study_needs_are_refused_with_the_numbers(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"12 patients shared by 3 sites, 35% .* leave about 3 .* the study needs 4"):
+        plan_sites(STUDY, Cohorts(folder=scans(tmp_path, 12), sites=3, phantoms=1), 0)
+
+
+def test_fewer_sites_than_the_quorum_are_refused():
+    with pytest.raises(UsageError, match="1 sites are fewer than the study's quorum of 2"):
+        plan_sites(STUDY, Cohorts(folder=None, sites=1, phantoms=30), 0)
+
+
+def test_a_hospital_allows_this_study_under_this_plan_and_nothing_else(tmp_path: Path):
+    run = run_with(tmp_path / "run", PHANTOMS)
+    policy = load_policy(run.sites / "site-2" / "policy.yaml")
+    assert policy.studies == (study_digest(STUDY),)
+    assert policy.purposes == (STUDY.purpose,)
+    assert (policy.minimum_noise, policy.maximum_steps, policy.epsilon_cap) == (0.9, 15, 20.0)
+    assert set(policy.orders) == set(OrderKind)
+    assert policy.simulation
+    assert not policy.research_answers
+
+
+def test_a_site_file_reads_back_with_its_folder(tmp_path: Path):
+    run = run_with(tmp_path / "run", PHANTOMS)
+    site = load_site(run.sites / "site-3" / "site.yaml")
+    assert (site.site, site.state) == ("site-3", run.sites / "site-3" / "state")
+
+
+def test_a_resumed_run_keeps_its_policies_to_the_letter(tmp_path: Path):
+    run = run_with(tmp_path / "run", PHANTOMS)
+    policy = run.sites / "site-1" / "policy.yaml"
+    policy.write_text(policy.read_text() + "# tightened by the hospital\n")
+    run_with(tmp_path / "run", PHANTOMS)
+    assert "tightened" in policy.read_text()
+
+
+def test_a_resumed_run_with_other_patients_is_refused(tmp_path: Path):
+    run_with(tmp_path / "run", PHANTOMS)
+    with pytest.raises(UsageError, match=r"site-1 of the run in .* has other patients"):
+        run_with(tmp_path / "run", Cohorts(folder=None, sites=None, phantoms=31))
