@@ -1,21 +1,18 @@
 """The public warm start: generator and critic trained on phantoms only, so it costs no privacy.
 
-Two phases. (1) The generator is the decoder of a variational autoencoder on phantoms, which is
-steady and fast; the Gaussian that the encoder's codes really follow is then folded into the generator's
-first layer, so that standard normal latents land where the decoder was trained. (2) The critic learns to tell
+Two phases. (1) Every phantom gets a code, its principal component scores, which have zero mean and unit variance
+like the latents the generator will be fed; the generator learns to decode them. (2) The critic learns to tell
 phantoms from generated volumes while the generator answers, in the game the sites will play.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from common.adversary.critic import Critic, build_critic
 from common.adversary.lipschitz import limit_slope
@@ -30,10 +27,11 @@ from common.settings.study import Study
 from common.telemetry.events import Observer, Progress
 
 TASK = "warm start"
-RECONSTRUCTION_LEARNING_RATE = 1e-3
-IMAGE_WEIGHT, LABEL_WEIGHT, CODE_WEIGHT = 10.0, 10.0, 0.003  # L1 per voxel, cross-entropy per voxel, KL per volume
+DECODER_LEARNING_RATE = 4e-3
+IMAGE_WEIGHT, LABEL_WEIGHT = 10.0, 10.0  # L1 and cross-entropy per voxel
+CODE_NOISE = 0.25  # standard deviation of the noise on a code
+LABEL_EMPHASIS = 2.0  # occupancies count twice in the components
 GAME_SHARE = 0.3  # of the warm start's steps
-ENCODER_WIDTH = 16
 PUBLIC_SITE = 0  # the neutral scanner
 
 
@@ -53,7 +51,7 @@ def warm_start(study: Study, seed: int, observer: Observer, device: str = "cpu")
     game_steps = round(GAME_SHARE * study.warm_start.steps)
     steps = study.warm_start.steps - game_steps
     if steps:
-        _reconstruct(study, generator=generator, phantoms=phantoms, steps=steps, rng=rng, observer=observer)
+        _decode(study, generator=generator, phantoms=phantoms, steps=steps, rng=rng, observer=observer)
     if game_steps:
         _play(
             study, generator=generator, critic=critic, phantoms=phantoms, steps=game_steps, rng=rng, observer=observer
@@ -85,31 +83,29 @@ def public_phantoms(study: Study, seed: int, count: int) -> NDArray[np.float16]:
     )
 
 
-class _Encoder(nn.Module):
-    """pairs (N, 1+K, D, H, W) -> mean and log-variance of the code, (N, L) each."""
+def principal_codes(phantoms: NDArray[np.float16], size: int) -> NDArray[np.float32]:
+    """(n, size) principal component scores of the phantoms at half resolution, zero mean and unit variance each.
 
-    def __init__(self, study: Study) -> None:
-        super().__init__()
-        channels = [1 + len(study.labels), ENCODER_WIDTH, 2 * ENCODER_WIDTH, 4 * ENCODER_WIDTH]
-        self.stages = nn.ModuleList(
-            nn.Conv3d(a, b, kernel_size=4, stride=2, padding=1) for a, b in itertools.pairwise(channels)
-        )
-        d, h, w = study.grid.shape
-        self.read_out = nn.Linear(channels[-1] * (d // 8) * (h // 8) * (w // 8), 2 * study.training.latent_size)
-        self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # missing in torch's stubs
-
-    def forward(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
-        x = pairs.contiguous(memory_format=torch.channels_last_3d)
-        for stage in self.stages:
-            x = F.leaky_relu(stage(x), 0.2)
-        mean, log_variance = self.read_out(x.flatten(1)).chunk(2, dim=1)
-        return mean, log_variance.clamp(-8.0, 4.0)
+    phantoms: (n, 1+K, D, H, W). The scores are the leading eigenvectors of the (n, n) Gram matrix times sqrt(n), so no
+    covariance of voxels is formed.  [Turk and Pentland 1991] Columns beyond the rank are zero: the decoder
+    then learns from noise alone in them.
+    """
+    n, channels, d, h, w = phantoms.shape
+    blocks = phantoms.astype(np.float32).reshape(n, channels, d // 2, 2, h // 2, 2, w // 2, 2).mean(axis=(3, 5, 7))
+    blocks[:, 1:] *= LABEL_EMPHASIS
+    rows = blocks.reshape(n, -1)
+    rows -= rows.mean(axis=0)
+    values, vectors = np.linalg.eigh(rows @ rows.T)
+    usable = min(size, int((values > values[-1] * 1e-6).sum()))
+    codes = np.zeros((n, size), dtype=np.float32)
+    codes[:, :usable] = vectors[:, ::-1][:, :usable] * np.sqrt(n)
+    return codes
 
 
-def reconstruction_loss(output: Tensor, pairs: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """L1 on the image, cross-entropy and Dice on the occupancies, and the KL term.  [Kingma and Welling 2014, App. B]
+def reconstruction_loss(output: Tensor, pairs: Tensor) -> Tensor:
+    """L1 on the image, cross-entropy and soft Dice on the occupancies.  [Milletari et al. 2016 for Dice]
 
-    output, pairs: (N, 1+K, D, H, W); mean, log_variance: (N, L).
+    output, pairs: (N, 1+K, D, H, W).
     """
     image = (output[:, 0] - pairs[:, 0]).abs().mean()
     wanted = torch.cat([1.0 - pairs[:, 1:].sum(dim=1, keepdim=True), pairs[:, 1:]], dim=1)
@@ -118,11 +114,10 @@ def reconstruction_loss(output: Tensor, pairs: Tensor, mean: Tensor, log_varianc
     space = (2, 3, 4)
     overlap = (pairs[:, 1:] * output[:, 1:]).sum(dim=space)
     dice = (2.0 * overlap + 1.0) / (pairs[:, 1:].sum(dim=space) + output[:, 1:].sum(dim=space) + 1.0)
-    divergence = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(dim=1).mean()
-    return IMAGE_WEIGHT * image + LABEL_WEIGHT * cross_entropy + (1.0 - dice).mean() + CODE_WEIGHT * divergence
+    return IMAGE_WEIGHT * image + LABEL_WEIGHT * cross_entropy + (1.0 - dice).mean()
 
 
-def _reconstruct(
+def _decode(
     study: Study,
     *,
     generator: PairGenerator,
@@ -131,50 +126,24 @@ def _reconstruct(
     rng: torch.Generator,
     observer: Observer,
 ) -> None:
-    """Phase (1): train the generator as a decoder, then fold the codes' distribution into its first layer."""
+    """Phase (1). Codes are blurred with noise of their own scale, so that every latent lies near a trained one."""
     device = next(generator.parameters()).device
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
-        encoder = _Encoder(study).to(device)
-    parameters = [*generator.parameters(), *encoder.parameters()]
-    optimiser = torch.optim.Adam(parameters, lr=RECONSTRUCTION_LEARNING_RATE, betas=(0.5, 0.99))
+    codes = torch.from_numpy(principal_codes(phantoms, study.training.latent_size))
+    optimiser = torch.optim.Adam(generator.parameters(), lr=DECODER_LEARNING_RATE, betas=(0.5, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, RECONSTRUCTION_LEARNING_RATE * 2, total_steps=steps + 1, cycle_momentum=False
+        optimiser, DECODER_LEARNING_RATE, total_steps=steps + 1, pct_start=0.2, cycle_momentum=False
     )
+    keep = (1.0 - CODE_NOISE**2) ** 0.5  # latents keep unit variance
     for step in range(steps):
-        pairs = _batch(phantoms, study.warm_start.batch, rng).to(device)
-        mean, log_variance = encoder(pairs)
-        code = mean + torch.randn(mean.shape, generator=rng).to(device) * (0.5 * log_variance).exp()
-        loss = reconstruction_loss(generator(code), pairs, mean, log_variance)
+        chosen = torch.randint(len(phantoms), (study.warm_start.batch,), generator=rng)
+        pairs = torch.from_numpy(phantoms[chosen.numpy()].astype(np.float32)).to(device)
+        code = keep * codes[chosen] + CODE_NOISE * torch.randn(codes[chosen].shape, generator=rng)
+        loss = reconstruction_loss(generator(code.to(device)), pairs)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
         observer(Progress(task=TASK, done=step + 1, total=study.warm_start.steps))
-    fold_codes(generator, encoder, phantoms, study.warm_start.batch)
-
-
-def fold_codes(generator: PairGenerator, encoder: nn.Module, phantoms: NDArray[np.float16], batch: int) -> None:
-    """Let code = m + A z with A A' the codes' covariance; then stem(m + A z) is again a linear layer of z.
-
-    The covariance of the aggregate posterior is cov(mean) + E[variance].
-    """
-    device = next(generator.parameters()).device
-    means, variances = [], []
-    with torch.inference_mode():
-        for start in range(0, len(phantoms), batch):
-            pairs = torch.from_numpy(phantoms[start : start + batch].astype(np.float32)).to(device)
-            mean, log_variance = encoder(pairs)
-            means.append(mean.cpu().double())
-            variances.append(log_variance.exp().cpu().double())
-    codes = torch.cat(means)
-    centre = codes.mean(dim=0)
-    covariance = codes.T.cov() + torch.diag(torch.cat(variances).mean(dim=0))
-    spread = torch.linalg.cholesky(covariance + 1e-6 * torch.eye(len(centre), dtype=torch.float64))
-    with torch.no_grad():
-        matrix = generator.stem.weight.cpu().double()
-        generator.stem.bias.add_((matrix @ centre).to(generator.stem.bias))
-        generator.stem.weight.copy_((matrix @ spread).to(generator.stem.weight))
 
 
 def _play(
