@@ -111,25 +111,26 @@ def values(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     """What a JSON schema allows, in a few words."""
     match schema:
         case {"$ref": reference}:
-            return values(definitions[reference.rpartition("/")[2]], definitions)
+            words = values(definitions[reference.rpartition("/")[2]], definitions)
         case {"anyOf": options}:
-            return " or ".join(values(option, definitions) for option in options)
+            words = " or ".join(values(option, definitions) for option in options)
         case {"const": only}:
-            return f"`{only}`"
+            words = f"`{only}`"
         case {"enum": names}:
-            return ", ".join(f"`{name}`" for name in names)
+            words = ", ".join(f"`{name}`" for name in names)
         case {"type": "array", "prefixItems": items}:
-            return f"{len(items)} of: {values(items[0], definitions)}"
+            words = f"{len(items)} of: {values(items[0], definitions)}"
         case {"type": "object"}:
-            return "whole number: name"
+            words = "whole number: name"
         case {"type": "null"}:
-            return "`null`"
+            words = "`null`"
         case {"type": "string"}:
-            return text_values(schema)
+            words = text_values(schema)
         case {"type": "number" | "integer" as kind}:
-            return number_values(schema, "whole number" if kind == "integer" else "number")
+            words = number_values(schema, "whole number" if kind == "integer" else "number")
         case _:
             raise ValueError(f"no words for {schema}")
+    return words
 
 
 def text_values(schema: dict[str, Any]) -> str:
@@ -144,7 +145,8 @@ def number_values(schema: dict[str, Any], kind: str) -> str:
     signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
     bounds = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema]
     steps = [f"multiple of {schema['multipleOf']}"] if "multipleOf" in schema else []
-    return ", ".join([" ".join([kind, *bounds]), *steps])
+    rules = ", ".join([*bounds, *steps])
+    return f"{kind} {rules}" if rules else kind
 
 
 def main() -> None:

@@ -26,7 +26,8 @@ answer: a member is charged once an endpoint, a non-member twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, assert_never
 
@@ -108,7 +109,7 @@ def score_site(
             f"the audit plan is for scoring version {plan.score_version}, this site runs {SCORE_VERSION}; "
             "nothing was scored. Install the version that the plan names, or have a new plan made."
         )
-    with torch.inference_mode():
+    with torch.inference_mode(), _one_thread():
         # (2) public volumes and the public unit
         scores = calibrated_scores(generator=generator, reference=reference, plan=plan, seed=seed)
         # A fork depends on the stream's key alone: forking it directly would repeat the noise in a second answer.
@@ -214,6 +215,21 @@ def _noised(
         counts=tuple(int(c) for c in noised),
         epsilon=epsilon,
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One arithmetic thread, the caller's number afterwards.
+
+    The products of a single scan are small: two threads that wait for each other on a busy machine took ten times as
+    long. It also keeps a score's rounding, and so its bin, free of how many cores a hospital has.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _scorer(name: Endpoint, candidates: Tensor, reference: Tensor) -> Scorer:

@@ -136,7 +136,7 @@ class TrainReply:
 class NoisedHistogram:
     """Noised counts of one patient group on the audit plan's fixed grid.
 
-    endpoint: name of the score; group: `member_a`, `member_b`, `nonmember`, `planted`, `unplanted`.
+    endpoint: name of the score; group: `member_a`, `member_b`, `nonmember`, `planted` (see `audit_plan.Group`).
     counts: one integer a bin, noise included, may be negative. epsilon: what this answer cost.
     """
 

@@ -1,0 +1,36 @@
+"""What a person may choose about a benchmark run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+STUDIES = ROOT / "deploy" / "studies"
+DATA_VARIABLE = "CONSILIUM_TEST_DATA"
+HIPPOCAMPUS = Path("segmentation") / "msd_task04_hippocampus"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """seeds: of the segmenters. cache: folder where warm starts are kept between runs, None keeps none.
+
+    quick: a smoke run that measures nothing worth reading. studies: folder of the study files.
+    """
+
+    seeds: int = 2
+    cache: Path | None = None
+    quick: bool = False
+    studies: Path = STUDIES
+
+
+def data_folder() -> Path:
+    """Folder of the open test data, which may be absent."""
+    return Path(os.environ.get(DATA_VARIABLE, ROOT.parent / "shared" / "data"))
+
+
+def hippocampus() -> Path | None:
+    """The real hippocampus scans, None when they are absent."""
+    folder = data_folder() / HIPPOCAMPUS
+    return folder if folder.is_dir() else None

@@ -1,0 +1,74 @@
+"""The benchmarks themselves: they run, what they write is what the contract says, and a wrong name is told."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.benchmarks.__main__ import BENCHMARKS, main
+from tests.benchmarks.options import ROOT
+from tests.benchmarks.report import Row, bounds, markdown, resampled
+
+
+def results(name: str, folder: Path) -> list[dict[str, Any]]:
+    assert main([name, "--quick", "--seeds", "1", "--out", str(folder)]) == 0
+    body = json.loads((folder / f"{name}.json").read_text())
+    assert list(body) == ["benchmark", "machine", "versions", "rows"]
+    assert body["benchmark"] == name
+    assert body["machine"]["torch_threads"] >= 1
+    assert body["versions"]["flwr"] == "1.41.0"
+    assert all(list(row) == [field.name for field in fields(Row)] for row in body["rows"])
+    rows: list[dict[str, Any]] = body["rows"]
+    return rows
+
+
+def test_simulation_compares_the_grid_with_direct_training_of_the_same_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = results("simulation", tmp_path)
+    assert rows[0]["metric"] == "overhead_ratio"
+    assert rows[0]["method"] == "consilium"
+    assert {row["method"] for row in rows} == {"consilium", "train_round called directly"}
+    shares = [row["value"] for row in rows if row["metric"] == "share_of_overhead"]
+    assert sum(shares) == pytest.approx(1.0)  # at this size the overhead is far above the target
+    assert min(shares) > -0.01  # below zero the parts would count something twice
+    assert "| overhead_ratio |" in capsys.readouterr().out
+
+
+def test_utility_puts_synthetic_beside_real_and_phantom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = results("utility", tmp_path)
+    dice = [row for row in rows if row["metric"] == "dice"]
+    assert [row["method"] for row in dice] == ["consilium", "consilium", "train-on-real", "train-on-phantom"]
+    assert [row["case"].rpartition(", ")[2] for row in dice[:2]] == ["no DP", "epsilon 8"]
+    assert all("phantoms in place of real scans" in row["case"] for row in rows)
+    by_metric = {row["metric"]: row["value"] for row in rows if row["case"].endswith("epsilon 8")}
+    private, real, phantom = dice[1]["value"], dice[2]["value"], dice[3]["value"]
+    assert by_metric["dice_gap_to_real"] == pytest.approx(real - private)
+    assert by_metric["dice_gain_over_phantom"] == pytest.approx(private - phantom)
+    assert 7.0 < by_metric["training_epsilon"] <= 8.0
+    assert "phantoms only" in capsys.readouterr().err
+
+
+def test_an_unknown_name_is_wrong_usage_and_names_what_there_is() -> None:
+    command = [sys.executable, "-m", "tests.benchmarks", "simulatoin"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no benchmark is named simulatoin; nothing was measured" in done.stderr
+    assert all(name in done.stderr for name in BENCHMARKS)
+
+
+def test_the_bootstrap_interval_of_a_mean_is_the_normal_one_for_many_patients() -> None:
+    values = np.random.default_rng(1).normal(size=400)
+    low, high = bounds(values[resampled(400)].mean(axis=1))
+    half = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
+
+
+def test_a_bar_in_a_case_does_not_break_the_table() -> None:
+    row = Row(case="a|b", method="m", metric="x", value=1.0, low=None, high=2.5, unit="s", n=3)
+    assert markdown([row]).splitlines()[-1] == "| a\\|b | m | x | 1 |  | 2.5 | s | 3 |"
