@@ -9,6 +9,7 @@
 (7) statements: what each site's ledger says after its last answer
 (8) gate
 (9) report, and the signed release or refusal
+(10) simulation only, after everything is signed: segmenters trained on real members, for comparison
 
 Each stage leaves its result on disk and is read back from there, so a killed coordinator goes on where it was.
 """
@@ -25,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+from common.evidence.atomic import write_atomic
 from common.evidence.chain import EvidenceChain
 from common.evidence.predicate import CohortEpsilon, DecisionFacts, Outcome
 from common.generator.network import read_weights, save_weights
@@ -47,12 +49,14 @@ from server.release_stage import (
     quarantine_candidates,
     statements_of,
     utility_of,
+    write_pages,
     write_report,
 )
 from server.round import TrainingCampaign, hold_rounds
 from server.run_folder import RunFolder, RunState, read_decision
 from server.seeds import derive
 from server.sites import RoundSites
+from server.utility import with_real
 
 # Sites count equally whatever their size: exact counts are private, and no study states other weights yet.
 EQUAL_WEIGHT: Final = 1.0
@@ -239,7 +243,7 @@ def _train(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolme
 
 
 def _audit_and_decide(campaign: Campaign, trained: Trained, public: WarmStart) -> None:
-    """Stages (4) to (9)."""
+    """Stages (4) to (10)."""
     run, chain, now = campaign.run, campaign.chain, campaign.now
     with campaign.stage("audit") as ended:  # (4)
         audit = conduct_audit(
@@ -285,6 +289,13 @@ def _audit_and_decide(campaign: Campaign, trained: Trained, public: WarmStart) -
         )
         publish(trained, run, decision, report=report, utility=utility, chain=chain, now=now())
         ended(decision.outcome.value)
+    if utility is not None and run.facts.simulated:
+        with campaign.stage("comparison"):  # (10) exact answers: never in what was signed, never in a real study
+            compared = with_real(trained.study, campaign.sites, utility, seed=derive(campaign.seed, "segmenter"))
+            write_atomic(run.path / "comparison.json", compared.to_json().encode())
+            write_pages(
+                trained, run, decision, audit=audit, utility=compared, seed=campaign.seed, chain=chain, now=now()
+            )
 
 
 def _finish(campaign: Campaign) -> CampaignOutcome:

@@ -150,7 +150,6 @@ def utility_of(
             synthetic=sample_pairs(trained.network, seed=derive(seed, "utility"), first=0, count=study.utility.volumes),
             phantom=public_phantoms(study, derive(seed, "utility phantoms"), study.utility.volumes),
             seed=derive(seed, "segmenter"),
-            ask_real=study.privacy.target_epsilon is None,  # a research study: nothing of it is released
             observer=observer,
         )
         write_atomic(run.utility, result.to_json().encode())
@@ -246,8 +245,23 @@ def write_report(
     chain: EvidenceChain,
     now: datetime,
 ) -> str:
-    """Write `report.html` and `summary.md`; returns the page. Records the decision first, whose digest it shows."""
+    """Record the decision, whose digest the page shows, then write `report.html` and `summary.md`; returns the page."""
     record_decision(chain, decision, now)
+    return write_pages(trained, run, decision, audit=audit, utility=utility, seed=seed, chain=chain, now=now)
+
+
+def write_pages(
+    trained: Trained,
+    run: RunFolder,
+    decision: Decision,
+    *,
+    audit: AuditResult,
+    utility: UtilityResult | None,
+    seed: int,
+    chain: EvidenceChain,
+    now: datetime,
+) -> str:
+    """Write the run's `report.html` and `summary.md`; returns the page. The copy in `release/` is the signed one."""
     facts = ReportFacts(
         study=trained.study,
         decision=decision.facts,

@@ -75,7 +75,6 @@ def write_sites(run: RunFolder, settings: Sequence[SiteSettings], study: Study, 
 
 def _policy(study: Study, plan: Plan, now: datetime) -> SitePolicy:
     """Exactly this study, and nothing that its plan does not need."""
-    research = study.privacy.target_epsilon is None
     return SitePolicy(
         studies=(study_digest(study),),
         purposes=(study.purpose,),
@@ -85,7 +84,7 @@ def _policy(study: Study, plan: Plan, now: datetime) -> SitePolicy:
         minimum_noise=plan.mechanism.noise_multiplier,
         maximum_steps=plan.mechanism.steps,
         minimum_patients=study.federation.minimum_patients,
-        research_answers=research,
+        research_answers=True,  # asked only after the outcome is signed, for comparison; a real site never allows it
         simulation=True,
         expires=(now + timedelta(days=_POLICY_DAYS)).date(),
     )

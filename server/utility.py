@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -96,18 +96,15 @@ def measure_utility(
     synthetic: NDArray[np.floating],
     phantom: NDArray[np.floating],
     seed: int,
-    ask_real: bool = False,
     observer: Observer = ignore,
 ) -> UtilityResult:
     """Train on synthetic and on phantom pairs, ask every site for the Dice on its held-out patients.
 
     synthetic, phantom: (N, 1+K, D, H, W). Both segmenters start alike and see equally many pairs in the same order.
-    ask_real: also ask for segmenters trained at home; sites answer only in a research simulation, and their ledgers
-    then hold an infinite epsilon. A site that does not answer is reported, never an error.
+    A site that does not answer is reported, never an error.
     """
-    digest = study_digest(study)
     count = min(len(synthetic), len(phantom))
-    segmenters: dict[SegmenterSource, Weights | None] = {}
+    segmenters: dict[SegmenterSource, Weights] = {}
     for source, pairs in ((SegmenterSource.SYNTHETIC, synthetic), (SegmenterSource.PHANTOM, phantom)):
         segmenters[source] = train_segmenter(
             pairs[:count],
@@ -116,19 +113,29 @@ def measure_utility(
             seed=seed,
             observer=observer,
         )
-    if ask_real:
-        segmenters[SegmenterSource.REAL] = None
-    answers = {}
-    for source, segmenter in segmenters.items():
-        order: Order = UtilityOrder(
-            study_digest=digest,
-            source=source,
-            segmenter=segmenter,
-            training_steps=study.utility.training_steps,
-            seed=seed,
-        )
-        answers[source] = sites.ask(dict.fromkeys(sites.names, order), study.federation.deadline_s)
-    return summarise(study, answers)
+    return summarise(study, {source: _ask(study, sites, source, w, seed) for source, w in segmenters.items()})
+
+
+def with_real(study: Study, sites: Sites, result: UtilityResult, *, seed: int) -> UtilityResult:
+    """`result` and beside it the Dice of segmenters that each hospital trains on its own members.
+
+    The answers are exact: sites give them in a simulation only, and their ledgers say infinite from then on.
+    """
+    real = summarise(study, {SegmenterSource.REAL: _ask(study, sites, SegmenterSource.REAL, None, seed)})
+    return replace(result, rows=(*result.rows, *real.rows), not_measured=(*result.not_measured, *real.not_measured))
+
+
+def _ask(
+    study: Study, sites: Sites, source: SegmenterSource, segmenter: Weights | None, seed: int
+) -> Mapping[str, Reply | NoReply]:
+    order: Order = UtilityOrder(
+        study_digest=study_digest(study),
+        source=source,
+        segmenter=segmenter,
+        training_steps=study.utility.training_steps,
+        seed=seed,
+    )
+    return sites.ask(dict.fromkeys(sites.names, order), study.federation.deadline_s)
 
 
 def summarise(study: Study, answers: Answers) -> UtilityResult:

@@ -154,7 +154,7 @@ def source_text(source: SegmenterSource) -> str:
         case SegmenterSource.PHANTOM:
             return "Public phantoms"
         case SegmenterSource.REAL:
-            return "Real members, at home"
+            return "Real members, at home (simulation only: exact, not covered by epsilon, not in what was signed)"
         case _:
             assert_never(source)
 

@@ -55,7 +55,8 @@ class TrainedFederation:
     """A study's generator as the campaign would audit it, and the patients of all its hospitals.
 
     members, heldout: (N, 1+K, D, H, W) float16, every scan of every such patient. patients: whose scan each row of
-    `heldout` is, as 0, 1, ...; training_patients: how many `members` are. start: the public generator that training began with.
+    `heldout` is, as 0, 1, ...; training_patients: how many patients `members` are.
+    start: the public generator that training began with.
     """
 
     study: Study

@@ -9,7 +9,7 @@ from common.measure.dice_sums import noise_variance
 from common.protocol.messages import Order, RefusalCode, RefusalReply, Reply, SegmenterSource, UtilityReply
 from common.settings.load import study_digest
 from server.sites import NoReply, NoReplyReason
-from server.utility import UtilityResult, measure_utility, summarise
+from server.utility import UtilityResult, measure_utility, summarise, with_real
 
 STUDY = example_study(
     utility={"training_steps": 1, "volumes": 8},
@@ -109,7 +109,8 @@ def test_measuring_asks_every_site_once_a_source_and_with_segmenters_that_differ
     sites = AnsweringSites()
     rng = np.random.default_rng(0)
     synthetic, phantom = (rng.uniform(0, 0.3, (8, 3, 8, 8, 8)).astype(np.float32) for _ in range(2))
-    result = measure_utility(STUDY, sites, synthetic=synthetic, phantom=phantom, seed=4, ask_real=True)
+    before = measure_utility(STUDY, sites, synthetic=synthetic, phantom=phantom, seed=4)
+    result = with_real(STUDY, sites, before, seed=4)
     assert [order.source for order in sites.asked] == [SYNTHETIC, PHANTOM, REAL]
     assert len({order.segmenter.digest for order in sites.asked[:2]}) == 2
     assert sites.asked[2].segmenter is None

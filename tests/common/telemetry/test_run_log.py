@@ -94,7 +94,7 @@ def test_a_handled_exception_is_logged_with_its_calls(tmp_path):
 def test_libraries_are_silent_and_their_warnings_reach_the_log(tmp_path, quiet, capfd):
     logging.getLogger("flwr").warning("before any run")
     with run_log(tmp_path, noon):
-        logging.getLogger("flwr").warning("the link was lost at /root/x")
+        logging.getLogger("flwr").warning("the link was lost at /srv/x")
         logging.getLogger("flwr").info("small talk")
         with warnings.catch_warnings():
             warnings.simplefilter("always")
