@@ -41,6 +41,7 @@ from server.checkpoint import CheckpointStore
 from server.enrolment import ENROLMENT_RECORD, Enrolment, enrol, enrolment_from
 from server.evidence_log import append_once, last_record
 from server.pretrain import WarmStart, warm_start
+from server.release.bundle import record_decision
 from server.release_stage import (
     Trained,
     candidates_seed,
@@ -49,7 +50,6 @@ from server.release_stage import (
     quarantine_candidates,
     statements_of,
     utility_of,
-    write_pages,
     write_report,
 )
 from server.round import TrainingCampaign, hold_rounds
@@ -277,7 +277,8 @@ def _audit_and_decide(campaign: Campaign, trained: Trained, public: WarmStart) -
             simulated=campaign.simulated or trained.enrolment.simulated,
             candidates=candidates,
         )
-        report = write_report(  # (9)
+        record_decision(chain, decision, now())  # (9) first: the page shows the digest of the chain that holds it
+        report = write_report(
             trained,
             run,
             decision,
@@ -293,7 +294,7 @@ def _audit_and_decide(campaign: Campaign, trained: Trained, public: WarmStart) -
         with campaign.stage("comparison"):  # (10) exact answers: never in what was signed, never in a real study
             compared = with_real(trained.study, campaign.sites, utility, seed=derive(campaign.seed, "segmenter"))
             write_atomic(run.path / "comparison.json", compared.to_json().encode())
-            write_pages(
+            write_report(
                 trained, run, decision, audit=audit, utility=compared, seed=campaign.seed, chain=chain, now=now()
             )
 

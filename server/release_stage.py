@@ -39,7 +39,6 @@ from server.pretrain import public_phantoms
 from server.release.bundle import (
     Dossier,
     candidates_digest,
-    record_decision,
     write_candidates,
     write_refusal,
     write_release,
@@ -235,22 +234,6 @@ def publish(
 
 
 def write_report(
-    trained: Trained,
-    run: RunFolder,
-    decision: Decision,
-    *,
-    audit: AuditResult,
-    utility: UtilityResult | None,
-    seed: int,
-    chain: EvidenceChain,
-    now: datetime,
-) -> str:
-    """Record the decision, whose digest the page shows, then write `report.html` and `summary.md`; returns the page."""
-    record_decision(chain, decision, now)
-    return write_pages(trained, run, decision, audit=audit, utility=utility, seed=seed, chain=chain, now=now)
-
-
-def write_pages(
     trained: Trained,
     run: RunFolder,
     decision: Decision,

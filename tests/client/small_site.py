@@ -18,7 +18,7 @@ from common.generator.weights import Weights
 from common.measure.audit_plan import AuditPlan, Group, make_plan
 from common.privacy.ledger import Cohort as LedgerCohort
 from common.privacy.ledger import Ledger, LedgerEntry
-from common.privacy.mechanism import DpSgd, Plan
+from common.privacy.mechanism import Plan
 from common.protocol.messages import (
     EnrolOrder,
     NoisedHistogram,
@@ -33,39 +33,23 @@ from common.settings.load import study_digest, study_json
 from common.settings.site import OrderKind, PhantomSource, SitePolicy, SiteSettings
 from common.settings.study import PhantomKind, Study
 from common.telemetry.events import Observer
+from tests.tiny_studies import tiny_plan, tiny_study
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 PURPOSE = "testing the rules of a site"
 
-STUDY = Study.model_validate(
-    {
-        "study": "tiny",
-        "purpose": PURPOSE,
-        "family": "wgan",
-        "modality": "angio",
-        "labels": {1: "vessel"},
-        "grid": {"shape": (16, 16, 16), "spacing_mm": (1.0, 1.0, 1.0)},
-        "intensity": {"kind": "robust", "low": 1.0, "high": 99.0},
-        "privacy": {
-            "target_epsilon": 3.0,
-            "delta": 1e-4,
-            "sampling_probability": 0.25,
-            "reference_patients": 20,
-            "epsilon_cap": 40.0,
-        },
-        "training": {
-            "rounds": 4,
-            "critic_steps_per_round": 2,
-            "critic_steps_per_generator_step": 1,
-            "fake_batch": 2,
-            "latent_size": 4,
-            "generator_width": 8,
-            "critic_width": 2,
-        },
-        "warm_start": {"phantom": PhantomKind.VESSELS, "volumes": 16, "steps": 0},
-        "federation": {"minimum_patients": 4},
-        "audit": {"volumes": 16},
-    }
+STUDY = tiny_study(
+    purpose=PURPOSE,
+    privacy={
+        "target_epsilon": 3.0,
+        "delta": 1e-4,
+        "sampling_probability": 0.25,
+        "reference_patients": 20,
+        "epsilon_cap": 40.0,
+    },
+    training={"rounds": 4, "critic_steps_per_round": 2, "critic_steps_per_generator_step": 1, "fake_batch": 2},
+    federation={"minimum_patients": 4},
+    audit={"volumes": 16},
 )
 STUDY_DIGEST = study_digest(STUDY)
 GENERATOR = weights_of(build_generator(STUDY))
@@ -74,18 +58,8 @@ AUDIT_PLAN = make_plan(STUDY, ("site-1",))
 
 
 def plan(study: Study = STUDY, *, noise: float = 3.0) -> Plan:
-    """The study's plan, with a noise that keeps its target for certain (calibration would take seconds)."""
-    privacy, training = study.privacy, study.training
-    steps = training.rounds * training.critic_steps_per_round
-    return Plan(
-        mechanism=DpSgd(noise_multiplier=noise, sampling_probability=privacy.sampling_probability, steps=steps),
-        clip_norm=privacy.clip_norm,
-        divisor=privacy.sampling_probability * privacy.reference_patients,
-        steps_per_round=training.critic_steps_per_round,
-        rounds=training.rounds,
-        target_epsilon=privacy.target_epsilon,
-        delta=privacy.delta,
-    )
+    """The study's plan, with a noise that keeps its target for certain."""
+    return tiny_plan(study, noise=noise)
 
 
 def nudged(weights: Weights, by: float) -> Weights:

@@ -13,18 +13,10 @@ from numpy.typing import NDArray
 
 from client.ingest import Ingested, in_part, ingest
 from common.errors import DataError
-from common.settings.study import (
-    Family,
-    GridSettings,
-    IntensitySettings,
-    PhantomKind,
-    PrivacySettings,
-    Study,
-    TrainingSettings,
-    WarmStartSettings,
-)
+from common.settings.study import Study
 from common.telemetry.events import Event, Progress
 from common.volume.layouts import Reason
+from tests.tiny_studies import tiny_study
 
 SHAPE = (10, 10, 10)
 DATA = Path(os.environ.get("CONSILIUM_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -32,20 +24,7 @@ HIPPOCAMPUS = DATA / "segmentation" / "msd_task04_hippocampus"
 
 
 def study(shape: tuple[int, int, int] = (8, 8, 8), mm: float = 1.0) -> Study:
-    return Study(
-        study="test",
-        purpose="unit tests of ingest",
-        family=Family.WGAN,
-        modality="T1w",
-        labels={1: "anterior", 2: "posterior"},
-        grid=GridSettings(shape=shape, spacing_mm=(mm, mm, mm)),
-        intensity=IntensitySettings(kind="robust", low=1.0, high=99.0),
-        privacy=PrivacySettings(
-            target_epsilon=8.0, delta=1e-5, sampling_probability=0.1, reference_patients=20, epsilon_cap=20.0
-        ),
-        training=TrainingSettings(rounds=1, critic_steps_per_round=1),
-        warm_start=WarmStartSettings(phantom=PhantomKind.HIPPOCAMPUS),
-    )
+    return tiny_study(labels={1: "anterior", 2: "posterior"}, grid={"shape": shape, "spacing_mm": (mm, mm, mm)})
 
 
 def scan(seed: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:

@@ -8,34 +8,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from common.evidence.chain import EvidenceChain
-from common.settings.load import load_study
+from common.settings.load import load_study, settings_yaml
 from common.telemetry.events import Event, ignore
 from server.run_folder import Engine, RunFolder
 from server.simulate import simulate
 from server.simulated_sites import Cohorts
+from tests.tiny_studies import tiny_study
 
-STUDY = """
-study: tiny
-purpose: tests of the whole path on phantoms
-family: wgan
-modality: angio
-labels: {1: vessel}
-grid: {shape: [16, 16, 16], spacing_mm: [1.0, 1.0, 1.0]}
-intensity: {kind: robust, low: 1.0, high: 99.0}
-privacy: {target_epsilon: 8.0, delta: 1.0e-3, sampling_probability: 0.2, reference_patients: 20, epsilon_cap: 30.0}
-training: {rounds: 2, critic_steps_per_round: 4, latent_size: 8, generator_width: 8, critic_width: 4, fake_batch: 4}
-warm_start: {phantom: vessels, volumes: 16, steps: 4, batch: 4}
-federation: {quorum: 2, minimum_patients: 10, server_ema: 0.5}
-audit: {volumes: 16, holdout_fraction: 0.35}
-release: {volumes: 4}
-utility: {training_steps: 1, volumes: 8}
-"""
+STUDY = tiny_study(
+    privacy={"sampling_probability": 0.2, "reference_patients": 20, "epsilon_cap": 30.0},
+    training={"rounds": 2, "critic_steps_per_round": 4, "critic_width": 4},
+    warm_start={"steps": 4},
+    federation={"quorum": 2, "minimum_patients": 10, "server_ema": 0.5},
+    audit={"volumes": 16, "holdout_fraction": 0.35},
+    release={"volumes": 4},
+    utility={"training_steps": 1, "volumes": 8},
+)
 PATIENTS = 30
 
 
-def study_file(folder: Path, text: str = STUDY) -> Path:
+def study_file(folder: Path) -> Path:
     path = folder / "tiny.yaml"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(settings_yaml(STUDY), encoding="utf-8")
     return path
 
 

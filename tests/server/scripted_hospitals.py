@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,40 +26,18 @@ from common.protocol.messages import (
     TrainOrder,
     TrainReply,
 )
-from common.settings.load import parse_study, study_digest
+from common.settings.load import study_digest
 from common.telemetry.events import Event, ignore
 from server.campaign import CampaignOutcome, run_campaign
 from server.run_folder import Engine, RunFacts, RunFolder
+from tests.tiny_studies import tiny_study
 
-STUDY = parse_study(
-    json.dumps(
-        {
-            "study": "campaign",
-            "purpose": "tests of a whole campaign",
-            "family": "wgan",
-            "modality": "angio",
-            "labels": {"1": "vessel"},
-            "grid": {"shape": [16, 16, 16], "spacing_mm": [1.0, 1.0, 1.0]},
-            "intensity": {"kind": "robust", "low": 1.0, "high": 99.0},
-            "privacy": {
-                "target_epsilon": 4.0,
-                "delta": 3e-5,
-                "sampling_probability": 0.1,
-                "reference_patients": 3000,
-                "epsilon_cap": 20.0,
-            },
-            "training": {
-                "rounds": 2,
-                "critic_steps_per_round": 2,
-                "latent_size": 8,
-                "generator_width": 8,
-                "critic_width": 4,
-            },
-            "warm_start": {"phantom": "vessels", "volumes": 16, "steps": 0},
-            "release": {"volumes": 2},
-            "utility": {"training_steps": 0},
-        }
-    )
+STUDY = tiny_study(
+    study="campaign",
+    privacy={"target_epsilon": 4.0, "delta": 3e-5, "reference_patients": 3000},
+    training={"rounds": 2, "critic_steps_per_round": 2},
+    release={"volumes": 2},
+    utility={"training_steps": 0},
 )
 DIGEST = study_digest(STUDY)
 NOW = datetime.now(UTC).replace(microsecond=0)  # a release of another day would be too early or expired

@@ -1,6 +1,5 @@
 """Enrolment: who takes part is settled and recorded before any training."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,33 +13,13 @@ from common.errors import Unreachable
 from common.evidence.chain import EvidenceChain
 from common.generator.weights import Weights
 from common.protocol.messages import EnrolOrder, EnrolReply, Order, RefusalCode, RefusalReply, Reply
-from common.settings.load import parse_study, study_digest, study_json
+from common.settings.load import study_digest, study_json
 from server.enrolment import ENROLMENT_RECORD, Enrolment, enrol, enrolment_from
 from server.evidence_log import last_record
 from server.sites import NoReply, NoReplyReason
+from tests.tiny_studies import tiny_study
 
-STUDY = parse_study(
-    json.dumps(
-        {
-            "study": "enrolment",
-            "purpose": "tests of enrolment",
-            "family": "wgan",
-            "modality": "angio",
-            "labels": {"1": "vessel"},
-            "grid": {"shape": [16, 16, 16], "spacing_mm": [1.0, 1.0, 1.0]},
-            "intensity": {"kind": "robust", "low": 1.0, "high": 99.0},
-            "privacy": {
-                "target_epsilon": 8.0,
-                "delta": 1e-3,
-                "sampling_probability": 0.1,
-                "reference_patients": 50,
-                "epsilon_cap": 20.0,
-            },
-            "training": {"rounds": 3, "critic_steps_per_round": 5},
-            "warm_start": {"phantom": "vessels"},
-        }
-    )
-)
+STUDY = tiny_study()
 DIGEST = study_digest(STUDY)
 PUBLIC = Weights({"layer": np.zeros(2, np.float32)})
 REPLY = EnrolReply(

@@ -8,36 +8,11 @@ import torch
 from common.settings.study import Study
 from common.telemetry.events import ignore
 from server.pretrain import principal_codes, public_phantoms, reconstruction_loss, warm_start
+from tests.tiny_studies import tiny_study
 
 
 def study(steps: int) -> Study:
-    return Study.model_validate(
-        {
-            "study": "tiny",
-            "purpose": "Exercise the public warm start.",
-            "family": "wgan",
-            "modality": "angio",
-            "labels": {1: "vessel"},
-            "grid": {"shape": [16, 16, 16], "spacing_mm": [2.0, 2.0, 2.0]},
-            "intensity": {"kind": "robust", "low": 1.0, "high": 99.0},
-            "privacy": {
-                "target_epsilon": 8.0,
-                "delta": 1e-3,
-                "sampling_probability": 0.5,
-                "reference_patients": 10,
-                "epsilon_cap": 20.0,
-            },
-            "training": {
-                "rounds": 1,
-                "critic_steps_per_round": 1,
-                "latent_size": 4,
-                "generator_width": 8,
-                "critic_width": 2,
-                "fake_batch": 4,
-            },
-            "warm_start": {"phantom": "vessels", "volumes": 16, "steps": steps, "batch": 4},
-        }
-    )
+    return tiny_study(training={"latent_size": 4}, warm_start={"steps": steps})
 
 
 def test_the_same_seed_gives_the_same_start_and_another_seed_another() -> None:

@@ -1,6 +1,5 @@
 """One round: what is asked, what is believed, what is recorded."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,48 +12,19 @@ from loopback_sites import LoopbackSites
 from common.errors import Unreachable
 from common.evidence.chain import EvidenceChain
 from common.generator.weights import Weights
-from common.privacy.mechanism import DpSgd, Plan
+from common.privacy.mechanism import DpSgd
 from common.protocol.messages import Order, RefusalCode, RefusalReply, Reply, StatementReply, TrainOrder, TrainReply
-from common.settings.load import parse_study
 from common.settings.study import FederationSettings
 from common.telemetry.events import Event, RoundFinished, SiteExcluded
 from server.checkpoint import CheckpointStore
 from server.round import TrainingCampaign, check_reply, hold_rounds, training_epsilon
 from server.sites import NoReply, NoReplyReason
+from tests.tiny_studies import tiny_plan, tiny_study
 
 DIGEST = "5" * 64
 START = Weights({"layer": np.zeros(3, np.float32)})
-STUDY = parse_study(
-    json.dumps(
-        {
-            "study": "rounds",
-            "purpose": "tests of the round loop",
-            "family": "wgan",
-            "modality": "TOF",
-            "labels": {"1": "vessel"},
-            "grid": {"shape": [16, 16, 16], "spacing_mm": [1.0, 1.0, 1.0]},
-            "intensity": {"kind": "robust", "low": 1.0, "high": 99.0},
-            "privacy": {
-                "target_epsilon": 8.0,
-                "delta": 1e-3,
-                "sampling_probability": 0.1,
-                "reference_patients": 50,
-                "epsilon_cap": 12.0,
-            },
-            "training": {"rounds": 3, "critic_steps_per_round": 5},
-            "warm_start": {"phantom": "vessels"},
-        }
-    )
-)
-PLAN = Plan(
-    mechanism=DpSgd(noise_multiplier=1.0, sampling_probability=0.1, steps=15),
-    clip_norm=1.0,
-    divisor=5.0,
-    steps_per_round=5,
-    rounds=3,
-    target_epsilon=8.0,
-    delta=1e-3,
-)
+STUDY = tiny_study(training={"rounds": 3, "critic_steps_per_round": 5})
+PLAN = tiny_plan(STUDY, noise=1.0)
 
 
 def trains(by: float) -> Callable[[Order], Reply]:

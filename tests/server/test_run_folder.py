@@ -1,6 +1,5 @@
 """Run folders: one study, one seed, one process."""
 
-import json
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
@@ -8,28 +7,11 @@ from pathlib import Path
 import pytest
 
 from common.errors import IntegrityError, UsageError
-from common.settings.load import parse_study, study_digest
+from common.settings.load import study_digest
 from server.run_folder import Engine, RunFacts, RunFolder, RunState
+from tests.tiny_studies import tiny_study
 
-STUDY_TEXT = {
-    "study": "folders",
-    "purpose": "tests of run folders",
-    "family": "wgan",
-    "modality": "angio",
-    "labels": {"1": "vessel"},
-    "grid": {"shape": [16, 16, 16], "spacing_mm": [1.0, 1.0, 1.0]},
-    "intensity": {"kind": "robust", "low": 1.0, "high": 99.0},
-    "privacy": {
-        "target_epsilon": 8.0,
-        "delta": 1e-3,
-        "sampling_probability": 0.1,
-        "reference_patients": 50,
-        "epsilon_cap": 20.0,
-    },
-    "training": {"rounds": 3, "critic_steps_per_round": 5},
-    "warm_start": {"phantom": "vessels"},
-}
-STUDY = parse_study(json.dumps(STUDY_TEXT))
+STUDY = tiny_study()
 FACTS = RunFacts(
     engine=Engine.LOCAL,
     sites=("site-1", "site-2"),
@@ -73,7 +55,7 @@ def test_another_run_in_the_folder_is_refused_and_named(tmp_path: Path, other: R
 
 def test_another_study_in_the_folder_is_refused(tmp_path: Path):
     RunFolder.create_or_resume(tmp_path / "run", STUDY, FACTS)
-    other = parse_study(json.dumps({**STUDY_TEXT, "study": "another"}))
+    other = tiny_study(study="another")
     with pytest.raises(UsageError, match="holds another run"):
         RunFolder.create_or_resume(tmp_path / "run", other, replace(FACTS, study_digest=study_digest(other)))
 

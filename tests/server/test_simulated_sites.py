@@ -1,51 +1,20 @@
 """The simulated hospitals' disks: where their patients come from and what their policies allow."""
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from common.errors import UsageError
-from common.privacy.mechanism import DpSgd, Plan
-from common.settings.load import parse_study, study_digest
+from common.settings.load import study_digest
 from common.settings.site import OrderKind, PhantomSource, load_policy, load_site
 from server.run_folder import Engine, RunFacts, RunFolder
 from server.seeds import derive
 from server.simulated_sites import Cohorts, plan_sites, write_sites
+from tests.tiny_studies import tiny_plan, tiny_study
 
-STUDY = parse_study(
-    json.dumps(
-        {
-            "study": "hospitals",
-            "purpose": "tests of simulated hospitals",
-            "family": "wgan",
-            "modality": "angio",
-            "labels": {"1": "vessel"},
-            "grid": {"shape": [16, 16, 16], "spacing_mm": [1.0, 1.0, 1.0]},
-            "intensity": {"kind": "robust", "low": 1.0, "high": 99.0},
-            "privacy": {
-                "target_epsilon": 8.0,
-                "delta": 1e-3,
-                "sampling_probability": 0.1,
-                "reference_patients": 50,
-                "epsilon_cap": 20.0,
-            },
-            "training": {"rounds": 3, "critic_steps_per_round": 5},
-            "warm_start": {"phantom": "vessels"},
-            "federation": {"quorum": 2, "minimum_patients": 4},
-        }
-    )
-)
-PLAN = Plan(
-    mechanism=DpSgd(noise_multiplier=0.9, sampling_probability=0.1, steps=15),
-    clip_norm=1.0,
-    divisor=5.0,
-    steps_per_round=5,
-    rounds=3,
-    target_epsilon=8.0,
-    delta=1e-3,
-)
+STUDY = tiny_study(purpose="tests of simulated hospitals", federation={"quorum": 2, "minimum_patients": 4})
+PLAN = tiny_plan(STUDY, noise=0.9)
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
 PHANTOMS = Cohorts(folder=None, sites=None, phantoms=30)
 

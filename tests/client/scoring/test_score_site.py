@@ -3,60 +3,25 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 from client.cohort import Cohort, Split
 from client.randomness import SecureStream
 from client.scoring.score import calibrated_scores, count, score_patient, score_site
 from common.errors import PolicyRefusal
-from common.measure.audit_plan import AuditPlan, Endpoint, EndpointPlan, Group, default_edges
+from common.measure.audit_plan import AuditPlan, Endpoint, EndpointPlan, Group
 from common.telemetry.events import ignore
+from tests.stored_pairs import Stored, noise_pairs
+from tests.tiny_studies import tiny_audit_plan
 
-PLAN = AuditPlan(
-    score_version=1,
-    study="toy",
-    sites=(),
-    quorum=1,
-    endpoints=tuple(EndpointPlan(name=name, edges=default_edges()) for name in Endpoint),
-    volumes=12,
-    calibration_volumes=10,
-    epsilon_per_answer=1.0,
-    planted_fraction=0.5,
-    false_positive_rate=0.01,
-    confidence=0.95,
-    control_confidence=0.995,
-    copy_confidence=0.99,
-    expected_members=20,
-    expected_nonmembers=10,
-)
-
-
-def volumes(seed: int, n: int) -> np.ndarray:
-    image = np.random.default_rng(seed).uniform(-1, 1, (n, 1, 16, 16, 16)).astype(np.float32)
-    return np.concatenate([image, (image > 0.5).astype(np.float32)], axis=1)
-
-
-class Stored(nn.Module):
-    """A generator that repeats stored pairs; which one depends on the latent."""
-
-    latent_size = 1
-
-    def __init__(self, pairs: np.ndarray) -> None:
-        super().__init__()
-        self.pairs = torch.from_numpy(pairs)
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return self.pairs[(latent[:, 0].abs() * 1e5).long() % len(self.pairs)]
-
-
-GENERATOR, REFERENCE = Stored(volumes(1, 200)), Stored(volumes(2, 200))
+PLAN = tiny_audit_plan(volumes=12, calibration_volumes=10, planted_fraction=0.5)
+GENERATOR, REFERENCE = Stored(noise_pairs(1, 200)), Stored(noise_pairs(2, 200))
 
 
 def cohort(members: int, nonmembers: int, *, without: str | None = None, changed: str | None = None) -> Cohort:
     names = {f"m{i:02}": (1 + i % 3, 100 + i) for i in range(members)}
     names |= {f"n{i:02}": (1 + i % 3, 500 + i) for i in range(nonmembers)}
     names.pop(without, None)
-    scans = {p: volumes(seed + (10_000 if p == changed else 0), n) for p, (n, seed) in names.items()}
+    scans = {p: noise_pairs(seed + (10_000 if p == changed else 0), n) for p, (n, seed) in names.items()}
     split = Split(
         members=tuple(p for p in sorted(scans) if p[0] == "m"),
         nonmembers=tuple(p for p in sorted(scans) if p[0] == "n"),
@@ -95,26 +60,26 @@ def test_replacing_one_patient_moves_that_patient_and_nobody_else():
 
 def test_a_patients_score_is_bit_for_bit_the_same_alone_and_in_company():
     scores = calibrated_scores(generator=GENERATOR, reference=REFERENCE, plan=PLAN, seed=7)
-    scans = volumes(100, 3)
+    scans = noise_pairs(100, 3)
 
     def score() -> object:
         coins = SecureStream.from_seed(3)
         return score_patient(scans, member=False, scores=scores, planted_fraction=1.0, coins=coins)
 
     alone = score()
-    score_patient(volumes(9, 2), member=True, scores=scores, planted_fraction=0.5, coins=SecureStream.from_seed(4))
+    score_patient(noise_pairs(9, 2), member=True, scores=scores, planted_fraction=0.5, coins=SecureStream.from_seed(4))
     assert score() == alone
 
 
 def test_a_copy_raises_only_the_planted_score_of_its_own_patient():
     scores = calibrated_scores(generator=GENERATOR, reference=REFERENCE, plan=PLAN, seed=7)
     coins = SecureStream.from_seed(5)
-    patient = score_patient(volumes(11, 2), member=False, scores=scores, planted_fraction=1.0, coins=coins)
+    patient = score_patient(noise_pairs(11, 2), member=False, scores=scores, planted_fraction=1.0, coins=coins)
     assert patient.group is Group.NONMEMBER
     assert patient.planted is not None
     for endpoint in Endpoint:
         assert patient.own[endpoint] < 1.0 < patient.planted[endpoint]
-    member = score_patient(volumes(11, 2), member=True, scores=scores, planted_fraction=1.0, coins=coins)
+    member = score_patient(noise_pairs(11, 2), member=True, scores=scores, planted_fraction=1.0, coins=coins)
     assert member.planted is None
 
 
@@ -122,7 +87,7 @@ def test_members_are_halved_by_their_own_coins():
     scores = calibrated_scores(generator=GENERATOR, reference=REFERENCE, plan=PLAN, seed=7)
     halves = [
         score_patient(
-            volumes(12, 1), member=True, scores=scores, planted_fraction=0.5, coins=SecureStream.from_seed(s)
+            noise_pairs(12, 1), member=True, scores=scores, planted_fraction=0.5, coins=SecureStream.from_seed(s)
         ).group
         for s in range(40)
     ]
@@ -148,7 +113,7 @@ def test_the_exact_count_puts_each_patient_into_one_bin_and_nan_into_the_lowest(
     endpoint = EndpointPlan(name=Endpoint.NEAREST, edges=(0.0, 1.0))
     scores = calibrated_scores(generator=GENERATOR, reference=REFERENCE, plan=PLAN, seed=7)
     one = score_patient(
-        volumes(13, 1), member=False, scores=scores, planted_fraction=0.01, coins=SecureStream.from_seed(8)
+        noise_pairs(13, 1), member=False, scores=scores, planted_fraction=0.01, coins=SecureStream.from_seed(8)
     )
     values = (float("nan"), -3.0, 0.0, 0.5, 1.0, 9.0)
     patients = [dataclasses.replace(one, own={Endpoint.NEAREST: v}) for v in values]
@@ -157,9 +122,9 @@ def test_the_exact_count_puts_each_patient_into_one_bin_and_nan_into_the_lowest(
 
 
 def test_volumes_that_are_all_alike_put_everybody_into_the_lowest_bin():
-    collapsed = calibrated_scores(generator=Stored(volumes(1, 1)), reference=REFERENCE, plan=PLAN, seed=7)
+    collapsed = calibrated_scores(generator=Stored(noise_pairs(1, 1)), reference=REFERENCE, plan=PLAN, seed=7)
     same = calibrated_scores(generator=REFERENCE, reference=REFERENCE, plan=PLAN, seed=7)
-    scan = torch.from_numpy(volumes(14, 1))[0]
+    scan = torch.from_numpy(noise_pairs(14, 1))[0]
     for scores in (collapsed, same):
         assert all(np.isnan(score.of(scan)) for score in scores.values())
 

@@ -10,29 +10,13 @@ from common.errors import PolicyRefusal
 from common.measure.dice_sums import noise_variance
 from common.measure.segmentation import dice_per_patient, train_segmenter
 from common.protocol.messages import SegmenterSource, UtilityOrder
-from common.settings.study import Study
+from tests.tiny_studies import tiny_study
 
-STUDY = Study.model_validate(
-    {
-        "study": "boxes",
-        "purpose": "exercise the utility answer",
-        "family": "wgan",
-        "modality": "angio",
-        "labels": {1: "box"},
-        "grid": {"shape": (8, 8, 8), "spacing_mm": (1.0, 1.0, 1.0)},
-        "intensity": {"kind": "window", "low": 0.0, "high": 1.0},
-        "privacy": {
-            "target_epsilon": 3.0,
-            "delta": 1e-4,
-            "sampling_probability": 0.1,
-            "reference_patients": 10,
-            "epsilon_cap": 8.0,
-        },
-        "training": {"rounds": 1, "critic_steps_per_round": 1},
-        "warm_start": {"phantom": "vessels"},
-        "utility": {"epsilon_per_answer": 2.0},
-    },
-    strict=False,
+STUDY = tiny_study(
+    labels={1: "box"},
+    grid={"shape": (8, 8, 8)},
+    privacy={"target_epsilon": 3.0, "delta": 1e-4, "reference_patients": 10, "epsilon_cap": 8.0},
+    utility={"epsilon_per_answer": 2.0},
 )
 
 

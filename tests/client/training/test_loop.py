@@ -17,50 +17,18 @@ from common.generator.network import build_generator, weights_of
 from common.privacy.mechanism import DpSgd, Plan
 from common.settings.study import Lipschitz, Study
 from common.telemetry.events import Event, ignore
+from tests.tiny_studies import tiny_plan, tiny_study
 
 
-def tiny_study(**training: object) -> Study:
-    return Study.model_validate(
-        {
-            "study": "tiny",
-            "purpose": "Exercise one round of training.",
-            "family": "wgan",
-            "modality": "angio",
-            "labels": {1: "vessel"},
-            "grid": {"shape": [16, 16, 16], "spacing_mm": [2.0, 2.0, 2.0]},
-            "intensity": {"kind": "robust", "low": 1.0, "high": 99.0},
-            "privacy": {
-                "target_epsilon": 8.0,
-                "delta": 1e-3,
-                "sampling_probability": 0.5,
-                "reference_patients": 10,
-                "epsilon_cap": 20.0,
-            },
-            "training": {
-                "rounds": 2,
-                "critic_steps_per_round": 3,
-                "critic_steps_per_generator_step": 1,
-                "latent_size": 8,
-                "generator_width": 8,
-                "critic_width": 2,
-                "fake_batch": 4,
-                **training,
-            },
-            "warm_start": {"phantom": "vessels", "volumes": 16, "steps": 0},
-        }
+def study_of(**training: object) -> Study:
+    return tiny_study(
+        privacy={"sampling_probability": 0.5, "reference_patients": 10},
+        training={"rounds": 2, "critic_steps_per_round": 3, "critic_steps_per_generator_step": 1, **training},
     )
 
 
-def plan(noise_multiplier: float = 1.0, probability: float = 0.5) -> Plan:
-    return Plan(
-        mechanism=DpSgd(noise_multiplier=noise_multiplier, sampling_probability=probability, steps=6),
-        clip_norm=1.0,
-        divisor=5.0,
-        steps_per_round=3,
-        rounds=2,
-        target_epsilon=8.0 if noise_multiplier else None,
-        delta=1e-3,
-    )
+def plan(noise: float = 1.0) -> Plan:
+    return tiny_plan(study_of(), noise=noise)
 
 
 def tiny_cohort(members: int = 6, seed: int = 0) -> Cohort:
@@ -89,7 +57,7 @@ def critic_vector(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def test_the_same_key_repeats_a_round_bit_for_bit_and_another_does_not() -> None:
-    study, cohort = tiny_study(), tiny_cohort()
+    study, cohort = study_of(), tiny_cohort()
     first, again, other = (one_round(study, plan(), cohort, key) for key in (3, 3, 4))
     assert first[1] == again[1]
     assert all(torch.equal(first[0][n], again[0][n]) for n in first[0])
@@ -97,7 +65,7 @@ def test_the_same_key_repeats_a_round_bit_for_bit_and_another_does_not() -> None
 
 
 def test_a_restored_state_continues_exactly_where_it_stopped() -> None:
-    study, cohort = tiny_study(), tiny_cohort()
+    study, cohort = study_of(), tiny_cohort()
     weights, state = train_round(
         study=study, plan=plan(), weights=weights_of(build_generator(study)), state=GameState.start(study, None),
         cohort=cohort, stream=SecureStream.from_seed(1), observer=ignore,
@@ -119,7 +87,7 @@ def test_a_restored_state_continues_exactly_where_it_stopped() -> None:
 
 def test_the_planned_noise_reaches_the_critic() -> None:
     """The mutant without noise gives the critic that this test compares with."""
-    study, cohort = tiny_study(), tiny_cohort()
+    study, cohort = study_of(), tiny_cohort()
     noised = critic_vector(one_round(study, plan(5.0), cohort)[0])
     quiet = critic_vector(one_round(study, plan(0.0), cohort)[0])
     assert not torch.allclose(noised, quiet, atol=1e-4)
@@ -127,7 +95,7 @@ def test_the_planned_noise_reaches_the_critic() -> None:
 
 def test_patients_reach_the_generator_only_through_the_noised_gradient() -> None:
     """With nobody drawn, two different cohorts leave the same critic and the same generator."""
-    study = tiny_study()
+    study = study_of()
     never = dataclasses.replace(plan(), mechanism=DpSgd(noise_multiplier=1.0, sampling_probability=1e-12, steps=6))
     assert one_round(study, never, tiny_cohort(seed=0))[1] == one_round(study, never, tiny_cohort(seed=1))[1]
 
@@ -154,7 +122,7 @@ def test_views_are_scans_of_the_patient_and_the_first_is_unmoved() -> None:
 
 @pytest.mark.parametrize("control", list(Lipschitz))
 def test_every_lipschitz_control_keeps_its_bound(control: Lipschitz) -> None:
-    study = tiny_study(lipschitz=control)
+    study = study_of(lipschitz=control)
     tensors = one_round(study, plan(), tiny_cohort())[0]
     matrices = [t.flatten(1) for n, t in tensors.items() if n.startswith("critic.") and t.ndim > 1]
     assert critic_vector(tensors).isfinite().all()
@@ -165,7 +133,7 @@ def test_every_lipschitz_control_keeps_its_bound(control: Lipschitz) -> None:
 
 
 def test_paper_mode_uses_rmsprop_and_still_a_fresh_draw_each_step() -> None:
-    study = tiny_study(mode="paper", lipschitz="clamp")
+    study = study_of(mode="paper", lipschitz="clamp")
     state = GameState.start(study, None)
     assert type(state.critic_optimiser).__name__ == "RMSprop"
     assert one_round(study, plan(), tiny_cohort())[1]
@@ -173,7 +141,7 @@ def test_paper_mode_uses_rmsprop_and_still_a_fresh_draw_each_step() -> None:
 
 def test_progress_counts_critic_steps_and_nothing_else() -> None:
     seen: list[Event] = []
-    study = tiny_study()
+    study = study_of()
     train_round(
         study=study, plan=plan(), weights=weights_of(build_generator(study)), state=GameState.start(study, None),
         cohort=tiny_cohort(), stream=SecureStream.from_seed(1), observer=seen.append, task="round 1",
@@ -182,6 +150,6 @@ def test_progress_counts_critic_steps_and_nothing_else() -> None:
 
 
 def test_another_studys_critic_is_refused() -> None:
-    kept = GameState.start(tiny_study(), None).tensors()
+    kept = GameState.start(study_of(), None).tensors()
     with pytest.raises(IntegrityError, match="does not fit this study"):
-        GameState.restore(tiny_study(critic_width=4), kept)
+        GameState.restore(study_of(critic_width=4), kept)

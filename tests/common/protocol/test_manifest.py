@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from common.generator.weights import Weights
-from common.measure.audit_plan import AuditPlan, Endpoint, EndpointPlan, Group
-from common.privacy.mechanism import DpSgd, ExactAnswer, NoisedCounts, Plan, Unit
+from common.measure.audit_plan import Endpoint, EndpointPlan, Group
+from common.privacy.mechanism import DpSgd, ExactAnswer, NoisedCounts, Unit
 from common.protocol.manifest import check_reply, objections
 from common.protocol.messages import (
     EnrolOrder,
@@ -26,39 +26,18 @@ from common.protocol.messages import (
     UtilityOrder,
     UtilityReply,
 )
+from tests.tiny_studies import tiny_audit_plan, tiny_plan, tiny_study
 
 STUDY = "5" * 64
 HEX = "a" * 64
 WEIGHTS = Weights({"stem.weight": np.ones((2, 3), np.float32), "stem.bias": np.zeros(2, np.float32)})
-AUDIT = AuditPlan(
-    score_version=1,
-    study="tiny",
-    sites=(),
-    quorum=2,
+AUDIT = tiny_audit_plan(
     endpoints=(
         EndpointPlan(name=Endpoint.NEAR_COPY, edges=(0.0, 0.5, 1.0)),
         EndpointPlan(name=Endpoint.NEAREST, edges=(0.0, 1.0)),
-    ),
-    volumes=16,
-    calibration_volumes=16,
-    epsilon_per_answer=1.0,
-    planted_fraction=0.05,
-    false_positive_rate=0.01,
-    confidence=0.95,
-    control_confidence=0.995,
-    copy_confidence=0.99,
-    expected_members=20,
-    expected_nonmembers=10,
+    )
 )
-PLAN = Plan(
-    mechanism=DpSgd(noise_multiplier=1.0, sampling_probability=0.1, steps=4),
-    clip_norm=1.0,
-    divisor=2.0,
-    steps_per_round=2,
-    rounds=2,
-    target_epsilon=3.0,
-    delta=1e-5,
-)
+PLAN = tiny_plan(tiny_study(), noise=1.0)
 
 ENROL = (
     EnrolOrder(study_json="{}", study_digest=STUDY, public_critic=None, public_generator=WEIGHTS),

@@ -6,29 +6,22 @@ import math
 import numpy as np
 import pytest
 
-from common.measure.audit_plan import AuditPlan, Endpoint, EndpointPlan, Group, default_edges
+from common.measure.audit_plan import AuditPlan, Group
 from common.protocol.messages import NoisedHistogram, ScoreReply
 from common.settings.study import ReleaseSettings
 from server.audit.verdict import AuditResult, Verdict, judge
+from tests.tiny_studies import tiny_audit_plan
 
 THRESHOLDS = ReleaseSettings()
 
 
 def plan(patients: int = 800, epsilon: float = 1.0) -> AuditPlan:
-    return AuditPlan(
-        score_version=1,
-        study="demo",
+    return tiny_audit_plan(
         sites=("site-1", "site-2", "site-3"),
         quorum=2,
-        endpoints=tuple(EndpointPlan(name=name, edges=default_edges()) for name in Endpoint),
         volumes=1000,
         calibration_volumes=64,
         epsilon_per_answer=epsilon,
-        planted_fraction=0.05,
-        false_positive_rate=0.01,
-        confidence=0.95,
-        control_confidence=0.995,
-        copy_confidence=0.99,
         expected_members=round(patients * 0.65),
         expected_nonmembers=round(patients * 0.35),
     )

@@ -20,7 +20,7 @@ from common.measure.audit_plan import Endpoint
 from common.measure.intervals import Bound, Interval, Side
 from common.privacy.mechanism import DpSgd, NoisedCounts, Plan
 from common.settings.load import study_digest
-from common.settings.study import PhantomKind, Study
+from common.settings.study import Study
 from server.audit.result import (
     AuditResult,
     AuditThresholds,
@@ -34,6 +34,7 @@ from server.audit.result import (
 from server.release.bundle import Dossier, write_candidates, write_refusal, write_release
 from server.release.gate import decide
 from server.release.policies import ReleaseEvidence, SiteStatement, Spending, default_policies
+from tests.tiny_studies import tiny_study
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 SITES = ("site-1", "site-2")
@@ -42,26 +43,12 @@ ROUND = DpSgd(noise_multiplier=1.5, sampling_probability=0.1, steps=10)
 
 @pytest.fixture(scope="session")
 def study() -> Study:
-    return Study.model_validate(
-        {
-            "study": "tiny",
-            "purpose": "exercise the release gate in tests",
-            "family": "wgan",
-            "modality": "angio",
-            "labels": {1: "vessel"},
-            "grid": {"shape": (16, 16, 16), "spacing_mm": (1.0, 1.0, 2.0)},
-            "intensity": {"kind": "window", "low": 0.0, "high": 1.0},
-            "privacy": {
-                "target_epsilon": 3.0,
-                "delta": 1e-4,
-                "sampling_probability": 0.1,
-                "reference_patients": 100,
-                "epsilon_cap": 8.0,
-            },
-            "training": {"rounds": 2, "critic_steps_per_round": 10, "latent_size": 4, "generator_width": 16},
-            "warm_start": {"phantom": PhantomKind.VESSELS, "volumes": 16},
-            "release": {"volumes": 2},
-        }
+    return tiny_study(
+        grid={"spacing_mm": (1.0, 1.0, 2.0)},
+        intensity={"kind": "window", "low": 0.0, "high": 1.0},
+        privacy={"target_epsilon": 3.0, "delta": 1e-4, "reference_patients": 100, "epsilon_cap": 8.0},
+        training={"rounds": 2, "critic_steps_per_round": 10},
+        release={"volumes": 2},
     )
 
 

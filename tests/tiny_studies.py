@@ -1,0 +1,86 @@
+"""The smallest study, and plans for it. A test states the settings that it is about; the rest stands here once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from common.measure.audit_plan import AuditPlan, Endpoint, EndpointPlan, default_edges
+from common.privacy.mechanism import DpSgd, Plan
+from common.settings.study import Study
+
+TINY: dict[str, Any] = {
+    "study": "tiny",
+    "purpose": "tests on the smallest study",
+    "family": "wgan",
+    "modality": "angio",
+    "labels": {1: "vessel"},
+    "grid": {"shape": (16, 16, 16), "spacing_mm": (1.0, 1.0, 1.0)},
+    "intensity": {"kind": "robust", "low": 1.0, "high": 99.0},
+    "privacy": {
+        "target_epsilon": 8.0,
+        "delta": 1e-3,
+        "sampling_probability": 0.1,
+        "reference_patients": 50,
+        "epsilon_cap": 20.0,
+    },
+    "training": {
+        "rounds": 3,
+        "critic_steps_per_round": 5,
+        "latent_size": 8,
+        "generator_width": 8,
+        "critic_width": 2,
+        "fake_batch": 4,
+    },
+    "warm_start": {"phantom": "vessels", "volumes": 16, "steps": 0, "batch": 4},
+}
+
+
+def tiny_study(*, labels: Mapping[int, str] | None = None, **changes: Any) -> Study:
+    """A valid study with `changes`: a mapping changes those keys of its section, anything else is the whole field.
+
+    `labels` are the study's only labels.
+    """
+    sections = {
+        name: {**TINY.get(name, {}), **change} if isinstance(change, Mapping) else change
+        for name, change in changes.items()
+    }
+    return Study.model_validate({**TINY, **sections, "labels": labels or TINY["labels"]})
+
+
+def tiny_plan(study: Study, *, noise: float) -> Plan:
+    """The study's plan with a stated noise (calibration would take seconds); without noise it has no target."""
+    privacy, training = study.privacy, study.training
+    steps = training.rounds * training.critic_steps_per_round
+    return Plan(
+        mechanism=DpSgd(noise_multiplier=noise, sampling_probability=privacy.sampling_probability, steps=steps),
+        clip_norm=privacy.clip_norm,
+        divisor=privacy.sampling_probability * privacy.reference_patients,
+        steps_per_round=training.critic_steps_per_round,
+        rounds=training.rounds,
+        target_epsilon=privacy.target_epsilon if noise else None,
+        delta=privacy.delta,
+    )
+
+
+def tiny_audit_plan(**changes: Any) -> AuditPlan:
+    """Both endpoints on the default edges, for one site of any name; `changes` replace whole fields."""
+    plan = AuditPlan(
+        score_version=1,
+        study="tiny",
+        sites=(),
+        quorum=1,
+        endpoints=tuple(EndpointPlan(name=name, edges=default_edges()) for name in Endpoint),
+        volumes=16,
+        calibration_volumes=16,
+        epsilon_per_answer=1.0,
+        planted_fraction=0.05,
+        false_positive_rate=0.01,
+        confidence=0.95,
+        control_confidence=0.995,
+        copy_confidence=0.99,
+        expected_members=20,
+        expected_nonmembers=10,
+    )
+    return dataclasses.replace(plan, **changes)
