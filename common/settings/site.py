@@ -90,6 +90,12 @@ class SitePolicy(Settings):
     simulation: bool = False
     expires: date
 
+    @model_validator(mode="after")
+    def _exact_answers_in_simulation_only(self) -> SitePolicy:
+        if self.research_answers and not self.simulation:
+            raise ValueError("research_answers gives exact answers about patients; only a simulation may set it")
+        return self
+
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the policy's canonical JSON."""

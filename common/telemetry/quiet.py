@@ -19,6 +19,8 @@ def quieten_libraries() -> None:
 
     `common.telemetry.logs.run_log` writes them to a file instead while it is open.
     """
+    # Off first: whoever put `warnings.showwarning` back by hand leaves logging believing that it still captures.
+    logging.captureWarnings(False)
     logging.captureWarnings(True)
     for name in TALKATIVE:
         logging.getLogger(name).addFilter(silence)

@@ -35,8 +35,11 @@ def test_simulation_compares_the_grid_with_direct_training_of_the_same_weights(
     assert rows[0]["method"] == "consilium"
     assert {row["method"] for row in rows} == {"consilium", "train_round called directly"}
     shares = [row["value"] for row in rows if row["metric"] == "share_of_overhead"]
-    assert sum(shares) == pytest.approx(1.0)  # at this size the overhead is far above the target
-    assert min(shares) > -0.01  # below zero the parts would count something twice
+    if shares:  # said only where the overhead is above its target, which at this size it nearly always is
+        assert sum(shares) == pytest.approx(1.0)
+        assert min(shares) > -0.01  # below zero the parts would count something twice
+    else:
+        assert rows[0]["value"] <= 1.10
     assert "| overhead_ratio |" in capsys.readouterr().out
 
 

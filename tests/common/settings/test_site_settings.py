@@ -2,6 +2,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from common.errors import SettingsError
 from common.settings.load import settings_yaml
@@ -82,3 +83,9 @@ def test_a_policy_without_a_bound_is_refused_and_so_is_an_endless_one(tmp_path):
         load_policy(path)
     assert "policy.yaml: epsilon_cap: input should be a finite number" in str(told.value)
     assert "policy.yaml: key 'expires' is missing" in str(told.value)
+
+
+def test_exact_answers_are_for_simulation_only():
+    with pytest.raises(ValidationError, match="only a simulation may set it"):
+        SitePolicy(**LEAST, research_answers=True)
+    assert SitePolicy(**LEAST, research_answers=True, simulation=True).research_answers
