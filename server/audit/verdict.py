@@ -310,7 +310,8 @@ def _above(what: str, estimate: Interval, bound: Bound, limit: float) -> list[st
     """A reason unless the bound is within the limit; written so that NaN would object, too."""
     if bound.value <= limit:
         return []
+    shown = min(max(bound.value, 0.0), 1.0)  # noise can push a bound past what a rate can be; only the text is cut
     return [
-        f"{what} is {estimate.estimate:.3f}, {bound.side} bound {bound.value:.3f} "
+        f"{what} is {estimate.estimate:.3f}, {bound.side} bound {shown:.3f} "
         f"({bound.confidence:.0%} confidence); the limit is {limit}"
     ]

@@ -44,7 +44,7 @@ from tests.benchmarks.studies import PRIVATE, QUICK_PATIENTS, RESEARCH, shipped
 SITES = 3
 SEED = 0  # of hold-outs, warm start and generators; segmenters have their own
 PHANTOM_PATIENTS = 50  # a site's, where there are no real ones
-REAL, PHANTOM = "train-on-real", "train-on-phantom"
+REAL, PHANTOM, START = "train-on-real", "train-on-phantom", "public warm start alone"
 
 Pairs = NDArray[np.floating]
 Statistic = Callable[[NDArray[np.int64]], NDArray[np.float64]]
@@ -68,10 +68,10 @@ class TrainedFederation:
     patients: NDArray[np.int64]
     training_patients: int
 
-    def synthetic(self, count: int | None = None) -> Pairs:
-        """(count, 1+K, D, H, W) volumes of the trained generator: those that the campaign's utility stage draws."""
-        generator = generator_from(self.study, self.generator)
-        return sample_pairs(generator, seed=derive(SEED, "utility"), first=0, count=count or self.study.utility.volumes)
+    def synthetic(self, weights: Weights | None = None) -> Pairs:
+        """The volumes that the campaign's utility stage draws, of the trained generator or of `weights`."""
+        generator = generator_from(self.study, weights or self.generator)
+        return sample_pairs(generator, seed=derive(SEED, "utility"), first=0, count=self.study.utility.volumes)
 
 
 def train_federation(
@@ -171,6 +171,7 @@ class Dice:
     private: NDArray[np.float64]
     real: NDArray[np.float64]
     phantom: NDArray[np.float64]
+    start: NDArray[np.float64]
 
 
 def _measured(research: TrainedFederation, private: TrainedFederation, *, seeds: int, observer: Observer) -> Dice:
@@ -184,6 +185,7 @@ def _measured(research: TrainedFederation, private: TrainedFederation, *, seeds:
     return Dice(
         real=measure(REAL, private.members),
         phantom=measure(PHANTOM, phantoms),
+        start=measure(START, private.synthetic(private.start)),
         research=measure("synthetic, no DP", research.synthetic()),
         private=measure(f"synthetic, {_privacy(private.study)}", private.synthetic()),
     )
@@ -207,6 +209,7 @@ def _rows(case: str, private: TrainedFederation, dice: Dice) -> list[Row]:
     rows = [row(name, OURS, "dice", "dice", mean(values)) for name, values in ours.items()]
     rows.append(row(case, REAL, "dice", "dice", mean(dice.real)))
     rows.append(row(case, PHANTOM, "dice", "dice", mean(dice.phantom)))
+    rows.append(row(case, START, "dice", "dice", mean(dice.start)))
     rows += [row(name, OURS, "dice_gap_to_real", "dice", mean(dice.real - values)) for name, values in ours.items()]
     rows += [
         row(name, OURS, "dice_gain_over_phantom", "dice", mean(values - dice.phantom)) for name, values in ours.items()
