@@ -46,8 +46,8 @@ from tests.benchmarks.studies import PRIVATE, QUICK_PATIENTS, shipped
 TARGET = 1.10
 SITES = 3
 PATIENTS = 60
-ROUNDS = 3
-STEPS = 8
+ROUNDS = 2
+STEPS = 20  # a round of the shipped study
 LEAST_REPEATS = 3
 SECONDS = 60.0  # no further repeat is begun after that
 SEED = 0

@@ -46,7 +46,13 @@ def test_simulation_compares_the_grid_with_direct_training_of_the_same_weights(
 def test_utility_puts_synthetic_beside_real_and_phantom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = results("utility", tmp_path)
     dice = [row for row in rows if row["metric"] == "dice"]
-    assert [row["method"] for row in dice] == ["consilium", "consilium", "train-on-real", "train-on-phantom"]
+    assert [row["method"] for row in dice] == [
+        "consilium",
+        "consilium",
+        "train-on-real",
+        "train-on-phantom",
+        "public warm start alone",
+    ]
     assert [row["case"].rpartition(", ")[2] for row in dice[:2]] == ["no DP", "epsilon 8"]
     assert all("phantoms in place of real scans" in row["case"] for row in rows)
     by_metric = {row["metric"]: row["value"] for row in rows if row["case"].endswith("epsilon 8")}
