@@ -1,29 +1,15 @@
 """SIGKILL, as a power cut would: the coordinator and its simulated hospitals vanish at once and come back."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from tiny_federation import PATIENTS, generator_digest, study_file
+from tiny_federation import generator_digest, start
 
 from server.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
-
-
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "common.cli", "simulate", str(study_file(folder)), "--out", str(folder / "run")]
-    with (folder / "output.txt").open("wb") as output:
-        return subprocess.Popen(
-            [*command, "--patients", str(PATIENTS)],
-            stdout=output,
-            stderr=output,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
 
 
 def kill_when(appears: str, folder: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,3 +65,15 @@ def generator_digest(run: RunFolder) -> str:
 def kinds(run: RunFolder) -> list[str]:
     """Kinds of the evidence records, in order."""
     return [record.kind for record in EvidenceChain(run.evidence).verify()]
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    """The same study as a command of its own, on one thread: other numbers of threads round differently."""
+    command = [sys.executable, "-m", "common.cli", "simulate", str(study_file(folder)), "--out", str(folder / "run")]
+    with (folder / "output.txt").open("wb") as output:
+        return subprocess.Popen(
+            [*command, "--patients", str(PATIENTS)],
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
