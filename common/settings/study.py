@@ -98,7 +98,7 @@ class Lipschitz(StrEnum):
 
 
 class TrainingSettings(Settings):
-    """The adversarial game. `mode: paper` is the published DP-WGAN: clamp and RMSprop, critic as given."""
+    """The adversarial game. `mode: paper` takes the published DP-WGAN's RMSprop; its clamp is `lipschitz: clamp`."""
 
     mode: Literal["platform", "paper"] = "platform"
     rounds: Annotated[int, Field(ge=1)]
