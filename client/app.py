@@ -50,7 +50,7 @@ app = ClientApp(mods=[egress])
 
 
 def answer(message: Message, context: Context) -> Message:
-    """Answer one order. The five message types share this function: the order says what it is."""
+    """Answer one order. The message types share this function: the order says what it is."""
     try:
         order = _order(message)
     except ProtocolError as error:
@@ -61,6 +61,7 @@ def answer(message: Message, context: Context) -> Message:
 
 # Calls, not decorators: one function answers them all, and mypy cannot see through Flower's decorators.
 app.query("enrol")(answer)
+app.train("warm_up")(answer)
 app.train("gan")(answer)
 app.query("score")(answer)
 app.query("utility")(answer)

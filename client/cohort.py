@@ -88,6 +88,15 @@ def verify_commitment(
     return _root(members, nonmembers, salts) == commitment
 
 
+@dataclass(frozen=True, kw_only=True)
+class CohortIdentity:
+    """Who is in a stored cohort, and the SHA-256 over all of it: patients, split, salts and every scan."""
+
+    members: tuple[str, ...]
+    nonmembers: tuple[str, ...]
+    digest: str
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Cohort:
     """Prepared scans by patient, in sorted order of patients, and their split.
@@ -200,6 +209,22 @@ class Cohort:
                 "salts": [self.split.salts[p].hex() for p in self.patients],
             }
         )
+
+
+def read_identity(path: Path) -> CohortIdentity:
+    """Who is in the cohort that `Cohort.store` wrote, from its header alone; `Cohort.load` compares the digest.
+
+    Raises IntegrityError when the header cannot be read, FileNotFoundError when there is no file.
+    """
+    try:
+        with safe_open(path, framework="numpy", backend="pread") as stored:
+            metadata = stored.metadata() or {}
+        told = json.loads(metadata["cohort"])
+        return CohortIdentity(
+            members=tuple(told["members"]), nonmembers=tuple(told["nonmembers"]), digest=metadata["sha256"]
+        )
+    except (SafetensorError, KeyError, ValueError, TypeError) as damage:
+        raise IntegrityError(_DAMAGED) from damage
 
 
 _DAMAGED = (

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from common.adversary.critic import build_critic
-from common.errors import BudgetExhausted, DataError, PolicyRefusal, ProtocolError, Refusal, SettingsError
+from common.errors import BudgetExhausted, DataError, LedgerError, PolicyRefusal, ProtocolError, Refusal, SettingsError
 from common.generator.network import build_generator, load_weights
 from common.generator.weights import Weights
 from common.measure.audit_plan import AuditPlan, make_plan
-from common.privacy.ledger import Cohort
+from common.privacy.ledger_rows import Cohort
 from common.privacy.mechanism import ExactAnswer, Mechanism, NoisedCounts
 from common.protocol.messages import (
     EnrolOrder,
@@ -21,6 +21,7 @@ from common.protocol.messages import (
     StatementOrder,
     TrainOrder,
     UtilityOrder,
+    WarmUpOrder,
 )
 from common.settings.load import parse_study, study_digest
 from common.settings.site import OrderKind
@@ -29,7 +30,7 @@ from common.settings.study import Study
 REAL_QUESTION = "utility.real"  # how the ledger names an exact answer about a segmenter trained at home
 _LARGEST_SEED = 2**63 - 1
 
-PaidOrder = TrainOrder | ScoreOrder | UtilityOrder  # what costs budget, and is therefore answered once
+PaidOrder = WarmUpOrder | TrainOrder | ScoreOrder | UtilityOrder  # what costs budget, and is therefore answered once
 Charge = tuple[Cohort, str, Mechanism]
 
 
@@ -46,6 +47,8 @@ def order_kind(order: Order) -> OrderKind:
     match order:
         case EnrolOrder():
             return OrderKind.ENROL
+        case WarmUpOrder():
+            return OrderKind.WARM_UP
         case TrainOrder():
             return OrderKind.TRAIN
         case ScoreOrder():
@@ -58,7 +61,7 @@ def order_kind(order: Order) -> OrderKind:
             assert_never(order)
 
 
-def refusal_code(error: Exception) -> RefusalCode:
+def refusal_code(error: Exception) -> RefusalCode:  # noqa: PLR0911  # one return a case
     """Return all that the coordinator learns about an error."""
     match error:
         case OrderRefused(code=code):
@@ -71,6 +74,8 @@ def refusal_code(error: Exception) -> RefusalCode:
             return RefusalCode.STALE
         case DataError():
             return RefusalCode.COHORT
+        case LedgerError():
+            return RefusalCode.LEDGER
         case _:
             return RefusalCode.INTERNAL
 
@@ -96,12 +101,17 @@ def check_public(order: EnrolOrder, study: Study) -> None:
         raise OrderRefused(RefusalCode.DIGEST, f"public weights do not fit the study: {error}") from error
 
 
-def check_content(order: PaidOrder, study: Study, *, start: Weights, last_round: int) -> None:
+def check_content(
+    order: PaidOrder, study: Study, *, start: Weights, last_round: int, released: bool = False
+) -> None:
     """Refuse what is stale or is not what its digest says.
 
     start: the public generator of the enrolment; its names and shapes are the study's. last_round: last one done, or 0.
+    released: whether a warm-up was answered before.
     """
     match order:
+        case WarmUpOrder():
+            _check_warm_up(order, study, last_round, released=released)
         case TrainOrder():
             _check_weights(order, start)
             if order.round <= last_round:
@@ -111,13 +121,25 @@ def check_content(order: PaidOrder, study: Study, *, start: Weights, last_round:
                 )
         case ScoreOrder():
             _check_weights(order, start)
-            _check_audit(order, study, start, last_round)
+            _check_audit(order, study, start, took_part=released or last_round > 0)
         case UtilityOrder():
             if (order.segmenter is None) != (order.source is SegmenterSource.REAL):
                 raise OrderRefused(RefusalCode.DIGEST, "a segmenter is brought exactly when it was trained elsewhere")
             _check_seed(order.seed)
         case _:
             assert_never(order)
+
+
+def _check_warm_up(order: WarmUpOrder, study: Study, last_round: int, *, released: bool) -> None:
+    """One release a study, before training: what comes later would be a second look, whatever the plan says."""
+    if study.warm_up is None or order.plan.warm_up is None:
+        raise OrderRefused(RefusalCode.POLICY, "the approved study has no warm-up; nothing was released")
+    if order.features != study.warm_up.features(len(study.labels)):
+        raise OrderRefused(RefusalCode.POLICY, "the order asks for other features than the approved study")
+    if released or last_round > 0:
+        raise OrderRefused(
+            RefusalCode.STALE, "the warm-up of this study was answered before, or training has begun; nothing was done"
+        )
 
 
 def _check_weights(order: TrainOrder | ScoreOrder, start: Weights) -> None:
@@ -127,9 +149,9 @@ def _check_weights(order: TrainOrder | ScoreOrder, start: Weights) -> None:
         raise OrderRefused(RefusalCode.DIGEST, "the weights are no generator of this study; nothing was done")
 
 
-def _check_audit(order: ScoreOrder, study: Study, start: Weights, last_round: int) -> None:
-    if last_round == 0:
-        raise OrderRefused(RefusalCode.DIGEST, "this site trained no round of the study; nothing was scored")
+def _check_audit(order: ScoreOrder, study: Study, start: Weights, *, took_part: bool) -> None:
+    if not took_part:
+        raise OrderRefused(RefusalCode.DIGEST, "this site gave nothing to the study's generator; nothing was scored")
     if order.reference_digest != start.digest:
         raise OrderRefused(RefusalCode.DIGEST, "the reference is not the public generator the site was enrolled with")
     plan = audit_plan(order)
@@ -157,6 +179,10 @@ def charges(order: PaidOrder, study: Study) -> Sequence[Charge]:
     """Return everything an answer costs: whose patients, what for, and which mechanism."""
     members, nonmembers = Cohort.MEMBERS, Cohort.NONMEMBERS
     match order:
+        case WarmUpOrder():
+            if order.plan.warm_up is None:
+                raise OrderRefused(RefusalCode.POLICY, "the plan has no warm-up; nothing was released")
+            return [(members, "warm-up", order.plan.warm_up)]
         case TrainOrder():
             return [(members, f"round {order.round}", order.plan.one_round)]
         case ScoreOrder():

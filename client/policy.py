@@ -22,6 +22,7 @@ from common.protocol.messages import (
     StatementOrder,
     TrainOrder,
     UtilityOrder,
+    WarmUpOrder,
 )
 from common.settings.site import SitePolicy
 from common.settings.study import Study
@@ -76,8 +77,12 @@ def _study_objections(policy: SitePolicy, study: Study) -> Iterator[str]:
 
 def _order_objections(order: Order, policy: SitePolicy, study: Study) -> Iterator[str]:
     match order:
+        case WarmUpOrder():
+            yield from _plan_objections(order.plan, policy, study)
         case TrainOrder():
-            yield from _plan_objections(order, policy, study)
+            yield from _plan_objections(order.plan, policy, study)
+            if not 1 <= order.round <= order.plan.rounds:
+                yield f"round {order.round} is not one of 1..{order.plan.rounds}"
         case UtilityOrder():
             if order.source is SegmenterSource.REAL and not policy.research_answers:
                 yield "an exact answer was asked for and `research_answers` is not set"
@@ -89,25 +94,29 @@ def _order_objections(order: Order, policy: SitePolicy, study: Study) -> Iterato
             assert_never(order)
 
 
-def _plan_objections(order: TrainOrder, policy: SitePolicy, study: Study) -> Iterator[str]:
+def _plan_objections(plan: Plan, policy: SitePolicy, study: Study) -> Iterator[str]:
     """Compare the plan with the approved study where the study fixes it, and with the policy where it does not."""
-    plan, mechanism = order.plan, order.plan.mechanism
+    mechanism = plan.mechanism
     if plan_facts(plan) != study_facts(study):
         yield f"the plan {plan_facts(plan)} is not the study's {study_facts(study)}"
     if mechanism.unit is not Unit.PATIENT:
         yield f"the plan protects a {mechanism.unit.value}, not a patient"
     if mechanism.steps > policy.maximum_steps:
         yield f"{mechanism.steps} steps are above `maximum_steps` {policy.maximum_steps}"
-    if mechanism.noise_multiplier < policy.minimum_noise and not (
-        mechanism.noise_multiplier == 0 and policy.research_answers
-    ):
-        yield f"noise multiplier {mechanism.noise_multiplier:g} is below `minimum_noise` {policy.minimum_noise:g}"
-    if not 1 <= order.round <= plan.rounds:
-        yield f"round {order.round} is not one of 1..{plan.rounds}"
-    spent = epsilon([mechanism], plan.delta).upper
+    for part in plan.mechanisms:
+        if part.noise_multiplier < policy.minimum_noise and not (
+            part.noise_multiplier == 0 and policy.research_answers
+        ):
+            yield f"noise multiplier {part.noise_multiplier:g} is below `minimum_noise` {policy.minimum_noise:g}"
+    spent = epsilon(plan.mechanisms, plan.delta).upper
     # The relative slack is for another machine's last digits, not for another plan.
     if plan.target_epsilon is not None and spent > plan.target_epsilon * (1 + 1e-6):
         yield f"the plan spends epsilon {spent:.4f}, more than the target {plan.target_epsilon:g} it states"
+    if plan.warm_up is not None and study.warm_up is not None and plan.target_epsilon is not None:
+        share = study.warm_up.share * plan.target_epsilon
+        released = epsilon([plan.warm_up], plan.delta).upper
+        if released > share * (1 + 1e-6):
+            yield f"the warm-up spends epsilon {released:.4f}, more than the study's share of {share:g}"
 
 
 def plan_facts(plan: Plan) -> dict[str, float | None]:
@@ -120,6 +129,7 @@ def plan_facts(plan: Plan) -> dict[str, float | None]:
         "divisor": plan.divisor,
         "rounds": plan.rounds,
         "steps_per_round": plan.steps_per_round,
+        "warm_ups": int(plan.warm_up is not None),
     }
 
 
@@ -134,4 +144,5 @@ def study_facts(study: Study) -> dict[str, float | None]:
         "divisor": privacy.sampling_probability * privacy.reference_patients,
         "rounds": training.rounds,
         "steps_per_round": training.critic_steps_per_round,
+        "warm_ups": int(study.warm_up is not None),
     }

@@ -1,26 +1,39 @@
-"""The site's own randomness: a keyed ChaCha20 stream, never torch's or numpy's default generator.
+"""The site's own randomness: a keyed AES-256-CTR stream, never torch's or numpy's default generator.
 
 A real site keys it from the operating system, so that noise and sampling cannot be predicted or
 repeated. Simulation keys it from a seed, so that a run can be repeated bit for bit; every artefact
 of such a run says that it is simulated.
+
+The keystream is always made on the processor; on a GPU only the arithmetic that turns its words into
+normals runs on the device. Processor and GPU therefore agree up to the last digits of a logarithm or a sine.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import secrets
 import struct
+from collections.abc import Iterator
 
 import numpy as np
+import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
 from numpy.typing import NDArray
+from torch import Tensor
+
+from client.gaussian import BoxMuller, normals_on_device
+
+PAIRS_AT_ONCE = 2**14  # what the work needs for them fits a second-level cache
+PAIR_BYTES = 16
+CIPHER_BLOCK_BYTES = 16  # `update_into` wants room for one more block
 
 
 class SecureStream:
-    """Uniform bits, uniforms, normals and discrete Laplace noise from one 256-bit key.  [RFC 8439]
+    """Uniform bits, uniforms, normals and discrete Laplace noise from one 256-bit key.  [NIST SP 800-38A, CTR]
 
+    AES-CTR rather than ChaCha20: both are secure; with the processor's AES instructions it takes 0.6 of the time.
     Not thread-safe. `fork` gives an independent stream; drawing from one never moves the other.
     """
 
@@ -28,7 +41,7 @@ class SecureStream:
         if len(key) != 32:
             raise ValueError(f"a stream key has 32 bytes, got {len(key)}")
         self._key = key
-        self._encryptor = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
+        self._encryptor = Cipher(AES(key), CTR(bytes(16))).encryptor()
 
     @classmethod
     def from_entropy(cls) -> SecureStream:
@@ -54,11 +67,38 @@ class SecureStream:
         return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
     def normal(self, n: int) -> NDArray[np.float64]:
-        """(n,) float64 standard normal.  [Box and Muller 1958]"""
-        half = (n + 1) // 2
-        radius = np.sqrt(-2.0 * np.log(self.uniform(half)))
-        angle = 2.0 * math.pi * self.uniform(half)
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:n]
+        """(n,) float64 standard normal."""
+        drawn = np.empty(n)
+        start = 0
+        for block in self.normal_blocks(n, deviation=1.0):
+            drawn[start : start + len(block)] = block
+            start += len(block)
+        return drawn
+
+    def normal_blocks(self, n: int, *, deviation: float) -> Iterator[NDArray[np.float64]]:
+        """(m,) float64 normals with this standard deviation, block after block, n in all.
+
+        Each block overwrites the one before, so that the work stays in the processor's cache.
+        """
+        pairs = max(1, min(PAIRS_AT_ONCE, (n + 1) // 2))
+        transform = BoxMuller(pairs)
+        for words, count in self._words(n, pairs):
+            yield transform.normals(words, deviation)[:count]
+
+    def normal_on(self, device: torch.device, n: int, *, deviation: float) -> Tensor:
+        """(n,) float64 normals on a device; the keystream is made on the processor and copied there."""
+        words, count = next(self._words(n, (n + 1) // 2))
+        return normals_on_device(torch.from_numpy(words).to(device), deviation)[:count]
+
+    def _words(self, n: int, pairs: int) -> Iterator[tuple[NDArray[np.int64], int]]:
+        """The stream as 64-bit words for n normals, `pairs` pairs at a time, with the normals wanted of each."""
+        zeros = memoryview(bytes(PAIR_BYTES * pairs))
+        stream = np.empty(len(zeros) + CIPHER_BLOCK_BYTES, dtype=np.uint8)
+        for start in range(0, n, 2 * pairs):
+            count = min(2 * pairs, n - start)
+            size = PAIR_BYTES * ((count + 1) // 2)
+            self._encryptor.update_into(zeros[:size], stream.data)
+            yield stream[:size].view("<i8"), count
 
     def bernoulli(self, n: int, probability: float) -> NDArray[np.bool_]:
         """(n,) independent coin flips."""

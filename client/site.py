@@ -2,18 +2,20 @@
 
 (1) the study is known, the order is about it, and the site is not paused
 (2) the site's policy allows the order; default deny
-(3) an order that was answered before gets the same bytes again and spends nothing
+(3) the ledger still holds every head that was countersigned; an order that was answered before gets the same bytes
+    again and spends nothing
 (4) the order is not stale, and its weights and plans are what their digests say
 (5) the ledger reserves everything the answer will cost, before any patient is looked at
-(6) the work, with randomness keyed for this order alone
+(6) the cohort is read and checked, the ledger notes that it is about to be touched, and the work is done, with
+    randomness keyed for this order alone
 (7) what must survive is stored: first the critic's state, then the reply, which makes the order done
 (8) the ledger notes that the work was finished
 (9) the reply is checked against the manifest; whatever is not declared becomes a fixed refusal
 
-Why 7 before 8, and both after 5. What counts as spent is the reservation of step 5. A kill before the reply is
-stored leaves the order undone: it is worked on again and charged again, though nothing of the first attempt
-left. A kill after it leaves the order done: its bytes are sent at no further cost, and the missing note of
-step 8 changes no epsilon. So a crash can over-count, never under-count.
+Why 7 before 8, and both after 5. What counts as spent is the reservation of step 5. It is given back only when
+something fails before step 6 touches data. A kill before the reply is stored leaves the order undone: it is worked on
+again and charged again, though nothing of the first attempt left. A kill after it leaves the order done: its bytes
+are sent at no further cost, and the missing note of step 8 changes no epsilon. So a crash over-counts, never less.
 
 Which generator may be scored (4). The coordinator averages the sites' replies, so the final generator is in no
 TrainOrder and a site cannot recognise it. It does not have to: the noise of an answer and its price do not depend
@@ -34,13 +36,13 @@ from typing import assert_never
 
 from torch import Tensor
 
+from client.budget import Budget
 from client.cohort import Cohort, draw_holdout
 from client.installed import code_digest
 from client.orders import (
     OrderRefused,
     PaidOrder,
     audit_plan,
-    charges,
     check_content,
     check_public,
     order_kind,
@@ -50,14 +52,15 @@ from client.orders import (
 from client.policy import check
 from client.randomness import SecureStream
 from client.store import HOLDOUT_KEY_BYTES, SiteStore, StudyStore
+from client.training.compute import Compute
 from client.work import SiteWork, Task
-from common.privacy.ledger import Cohort as LedgerCohort
-from common.privacy.ledger import Ledger
+from common.privacy.ledger_rows import Cohort as LedgerCohort
 from common.protocol import codec
 from common.protocol.manifest import Shapes, objections
 from common.protocol.messages import (
     EnrolOrder,
     EnrolReply,
+    LedgerHead,
     Order,
     RefusalCode,
     RefusalReply,
@@ -69,6 +72,8 @@ from common.protocol.messages import (
     TrainOrder,
     TrainReply,
     UtilityOrder,
+    WarmUpOrder,
+    WarmUpReply,
 )
 from common.settings.site import SitePolicy, SiteSettings, load_policy, load_site
 from common.settings.study import Study
@@ -116,11 +121,11 @@ class Site:
     ) -> None:
         self._settings = settings
         self._policy = policy
-        self._ledger_file = ledger_file
         self._work = work or SiteWork()
         self._now = now
         self._observer = observer
         self._store = SiteStore(Path(settings.state))
+        self._budget = Budget(settings, policy, self._store, ledger_file=ledger_file, now=now)
 
     @classmethod
     def open(cls, site_file: Path, *, observer: Observer = ignore) -> Site:
@@ -169,14 +174,18 @@ class Site:
             return self._enrol(order, study), order.public_generator.shapes, len(study.labels)
         enrolled = self._enrolled(order.study_digest)
         self._check_policy(order, enrolled.study)
+        with self._budget.ledger.held():
+            self._budget.check_witness(order, enrolled.store, enrolled.order.coordinator_key)  # (3)
+            return self._answer_enrolled(order, enrolled), enrolled.shapes, len(enrolled.study.labels)
+
+    def _answer_enrolled(self, order: PaidOrder | StatementOrder, enrolled: _Enrolled) -> Reply:
         match order:
             case StatementOrder():
-                reply: Reply = self._state(order, enrolled)
-            case TrainOrder() | ScoreOrder() | UtilityOrder():
-                reply = self._answer_once(order, enrolled)
+                return self._state(order)
+            case WarmUpOrder() | TrainOrder() | ScoreOrder() | UtilityOrder():
+                return self._answer_once(order, enrolled)
             case _:
                 assert_never(order)
-        return reply, enrolled.shapes, len(enrolled.study.labels)
 
     def _check_policy(self, order: Order, study: Study) -> None:
         check(order, policy=self._policy, study=study, now=self._now(), simulated=self.simulated)  # (2)
@@ -199,7 +208,7 @@ class Site:
         elif codec.digest(store.enrolment()) != codec.digest(order):  # (3)
             raise OrderRefused(
                 RefusalCode.STALE,
-                "the site joined this study with other public weights; nothing was changed. "
+                "the site joined this study with other public weights or another coordinator; nothing was changed. "
                 "Resume the campaign that it joined, or start a study of another name.",
             )
         return EnrolReply(
@@ -241,32 +250,38 @@ class Site:
         if known is not None:
             return known
         check_content(  # (4)
-            order, enrolled.study, start=enrolled.order.public_generator, last_round=enrolled.store.last_round()
+            order,
+            enrolled.study,
+            start=enrolled.order.public_generator,
+            last_round=enrolled.store.last_round(),
+            released=enrolled.store.released(),
         )
-        ledger = self._ledger(enrolled.study)
-        entries = [  # (5)
-            ledger.reserve(study=order.study_digest, cohort=cohort, key=key, mechanism=mechanism)
-            for cohort, key, mechanism in charges(order, enrolled.study)
-        ]
-        reply, kept = self._do(order, enrolled)  # (6)
-        if kept is not None and isinstance(order, TrainOrder):  # (7)
-            enrolled.store.save_state(order.round, kept)
-        enrolled.store.save_reply(order, reply)
-        for entry in entries:  # (8)
-            ledger.commit(entry)
+        with self._budget.reserved(order, enrolled.study, enrolled.store) as reserved:  # (5)
+            task = self._task(order, enrolled)  # (6)
+            state = enrolled.store.last_state() if isinstance(order, TrainOrder) else None
+            reply, kept = self._do(order, task, state, reserved.spend())
+            if kept is not None and isinstance(order, TrainOrder):  # (7)
+                enrolled.store.save_state(order.round, kept)
+            enrolled.store.save_reply(order, reply)
+            reserved.done()  # (8)
         return reply
 
-    def _do(self, order: PaidOrder, enrolled: _Enrolled) -> tuple[Reply, Mapping[str, Tensor] | None]:
-        """Step (6): the reply, and what training keeps."""
-        task = self._task(order, enrolled)
+    def _do(
+        self, order: PaidOrder, task: Task, state: Mapping[str, Tensor] | None, head: LedgerHead
+    ) -> tuple[Reply, Mapping[str, Tensor] | None]:
+        """The work of step (6): the reply, and what training keeps. head: for the reply, never for randomness."""
         match order:
+            case WarmUpOrder():
+                sums = self._work.warm_up(order, task)
+                return WarmUpReply(study_digest=order.study_digest, sums=sums, ledger_head=head), None
             case TrainOrder():
-                weights, kept = self._work.train(order, task, enrolled.store.last_state())
+                weights, kept = self._work.train(order, task, state)
                 reply: Reply = TrainReply(
                     study_digest=order.study_digest,
                     round=order.round,
                     weights=weights,
                     weights_digest=weights.digest,
+                    ledger_head=head,
                 )
                 return reply, kept
             case ScoreOrder():
@@ -277,11 +292,12 @@ class Site:
                         weights_digest=order.weights_digest,
                         audit_plan_digest=order.audit_plan_digest,
                         histograms=histograms,
+                        ledger_head=head,
                     ),
                     None,
                 )
             case UtilityOrder():
-                return self._work.utility(order, task), None
+                return self._work.utility(order, task, head), None
             case _:
                 assert_never(order)
 
@@ -292,7 +308,11 @@ class Site:
             public_critic=enrolled.order.public_critic,
             public_generator=enrolled.order.public_generator,
             stream=self._stream(order),
-            device=self._settings.device,
+            compute=Compute(
+                device=self._settings.device,
+                precision=self._settings.precision,
+                patients_at_once=self._settings.patients_at_once,
+            ),
             research_answers=self._policy.research_answers,
             observer=self._observer,
         )
@@ -307,27 +327,13 @@ class Site:
         # The whole order is a label: two questions answered with the same noise would cancel it out.
         return SecureStream.from_seed(seed, site, order.study_digest, number, purpose, codec.digest(order))
 
-    # --- the ledger ------------------------------------------------------------------------------------
-
-    def _ledger(self, study: Study) -> Ledger:
-        """Open the site's ledger under the tighter of the two caps."""
-        return Ledger(
-            self._ledger_file,
-            epsilon_cap=min(self._policy.epsilon_cap, study.privacy.epsilon_cap),
-            delta=study.privacy.delta,
-            research=self._policy.research_answers,
-            now=self._now,
-        )
-
-    def _state(self, order: StatementOrder, enrolled: _Enrolled) -> StatementReply:
+    def _state(self, order: StatementOrder) -> StatementReply:
         """State what the study has spent. Free and always fresh: the ledger holds no patient's data."""
-        ledger = self._ledger(enrolled.study)
-        members, nonmembers = (
-            tuple(entry.mechanism for entry in ledger.entries(order.study_digest, cohort))
-            for cohort in (LedgerCohort.MEMBERS, LedgerCohort.NONMEMBERS)
-        )
         return StatementReply(
-            study_digest=order.study_digest, members=members, nonmembers=nonmembers, ledger_head=ledger.head
+            study_digest=order.study_digest,
+            members=self._budget.spent(order.study_digest, LedgerCohort.MEMBERS),
+            nonmembers=self._budget.spent(order.study_digest, LedgerCohort.NONMEMBERS),
+            ledger_head=self._budget.ledger.head,
         )
 
     # --- the site's own log ----------------------------------------------------------------------------

@@ -5,11 +5,14 @@
     ├── lock                 held while an order is handled
     ├── paused               present while the hospital has paused this site
     ├── holdout.key          32 bytes; decides who is held out, the same in every study
+    ├── ledger.key           32 bytes; binds the ledger to this site and its rows to their patients
     └── studies/<study digest>/
         ├── enrolment        the order that was accepted: study, public critic, public generator
         ├── cohort.safetensors
+        ├── witness          the last head of the ledger that the coordinator countersigned
         ├── round-0003.state critic and optimisers after round 3; the last two are kept
-        └── replies/train-0003-<order digest>, score-<order digest>, utility-<order digest>
+        └── replies/warm-up-<order digest>, train-0003-<order digest>, score-<order digest>,
+                     utility-<order digest>
 
 Every file is written whole or not at all, and durably before the next one is begun. A round counts as
 done exactly when its reply is stored. A kill between any two writes therefore leaves one of two things:
@@ -26,10 +29,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import structlog
@@ -38,16 +43,26 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from client.cohort import Cohort
+from client.cohort import Cohort, CohortIdentity, read_identity
 from client.orders import PaidOrder
 from common.errors import IntegrityError, ProtocolError
 from common.evidence.atomic import write_atomic
 from common.protocol import codec
-from common.protocol.messages import EnrolOrder, Reply, ScoreOrder, TrainOrder, UtilityOrder
+from common.protocol.messages import (
+    EnrolOrder,
+    LedgerHead,
+    Reply,
+    ScoreOrder,
+    TrainOrder,
+    UtilityOrder,
+    WarmUpOrder,
+    WitnessedHead,
+)
 
 KEPT_STATES = 2
 HOLDOUT_KEY_BYTES = 32
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_WARM_UP = "warm-up-"
 _TRAIN_REPLY = re.compile(r"train-(\d{4,})-[0-9a-f]{64}")
 _STATE = re.compile(r"round-(\d{4,})\.state")
 
@@ -83,12 +98,24 @@ class SiteStore:
 
     def holdout_key(self, fresh: bytes) -> bytes:
         """Return the stored key, or store `fresh` (32 bytes) as the key and return it."""
-        path = self.folder / "holdout.key"
+        return self._key("holdout.key", fresh)
+
+    def ledger_key(self, fresh: bytes) -> bytes:
+        """Return the stored key, or store `fresh` (32 bytes) as the key and return it."""
+        return self._key("ledger.key", fresh)
+
+    @property
+    def has_ledger_key(self) -> bool:
+        """Whether this site has made the key of its ledger."""
+        return (self.folder / "ledger.key").exists()
+
+    def _key(self, name: str, fresh: bytes) -> bytes:
+        path = self.folder / name
         if not path.exists():
             _write(path, fresh)
         key = _read(path)
-        if len(key) != HOLDOUT_KEY_BYTES:
-            raise IntegrityError(f"{path.name} holds {len(key)} bytes instead of {HOLDOUT_KEY_BYTES}; {_RESTORE}")
+        if len(key) != len(fresh):
+            raise IntegrityError(f"{path.name} holds {len(key)} bytes instead of {len(fresh)}; {_RESTORE}")
         return key
 
     def study(self, study_digest: str) -> StudyStore | None:
@@ -97,6 +124,12 @@ class SiteStore:
             return None
         store = StudyStore(self.folder / "studies" / study_digest)
         return store if store.enrolled else None
+
+    def studies(self) -> dict[str, StudyStore]:
+        """Return the folders of all enrolled studies by their digests."""
+        names = sorted(path.name for path in (self.folder / "studies").glob("*"))
+        found = {name: self.study(name) for name in names}
+        return {name: store for name, store in found.items() if store is not None}
 
     def begin(self, order: EnrolOrder, cohort: Cohort) -> StudyStore:
         """Store a new study's cohort and enrolment. The enrolment is last: with it, the study is enrolled.
@@ -120,6 +153,7 @@ class StudyStore:
         self.folder = folder
         self.replies = folder / "replies"
         self.cohort_file = folder / "cohort.safetensors"
+        self.witness_file = folder / "witness"
         self.enrolment_file = folder / "enrolment"
 
     @property
@@ -140,6 +174,24 @@ class StudyStore:
     def cohort(self) -> Cohort:
         """Return the prepared scans and the hold-out. Raises IntegrityError when damaged."""
         return Cohort.load(self.cohort_file)
+
+    def cohort_identity(self) -> CohortIdentity:
+        """Return who is in the cohort, without reading a scan. Raises IntegrityError when damaged."""
+        return read_identity(self.cohort_file)
+
+    def witness(self) -> WitnessedHead | None:
+        """Return the last countersigned head that was kept, None before the first. IntegrityError when damaged."""
+        if not self.witness_file.exists():
+            return None
+        try:
+            facts = json.loads(_read(self.witness_file))
+            return WitnessedHead(**{**facts, "head": LedgerHead(**facts["head"])})
+        except (ValueError, KeyError, TypeError) as damage:
+            raise IntegrityError(f"the stored witness cannot be read; {_RESTORE}") from damage
+
+    def keep_witness(self, witness: WitnessedHead) -> None:
+        """Store a countersigned head in place of the one before."""
+        _write(self.witness_file, json.dumps(asdict(witness)).encode())
 
     def reply(self, order: PaidOrder) -> Reply | None:
         """Return the stored reply to exactly this order, None when there is none. IntegrityError when damaged.
@@ -165,6 +217,10 @@ class StudyStore:
         """Return the last done round, 0 when none is."""
         matches = (_TRAIN_REPLY.fullmatch(path.name) for path in self.replies.iterdir())
         return max((int(match[1]) for match in matches if match), default=0)
+
+    def released(self) -> bool:
+        """Return whether a warm-up was answered."""
+        return any(path.name.startswith(_WARM_UP) for path in self.replies.iterdir())
 
     def save_state(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Store what training keeps after round `number`; before the round's reply, which makes it count."""
@@ -198,6 +254,8 @@ _RESTORE = "nothing was computed. Restore the site's state folder from its newes
 def _reply_name(order: PaidOrder) -> str:
     digest = codec.digest(order)
     match order:
+        case WarmUpOrder():
+            return f"{_WARM_UP}{digest}"
         case TrainOrder():
             return f"train-{order.round:04d}-{digest}"
         case ScoreOrder():

@@ -18,16 +18,27 @@ from client.ingest import ingest
 from client.randomness import SecureStream
 from client.scoring import utility
 from client.scoring.score import score_site
+from client.training.compute import Compute
 from client.training.loop import train_round
 from client.training.state import GameState
+from client.training.warm_up import release
 from common.evidence.atomic import write_atomic
 from common.generator.network import generator_from
 from common.generator.weights import Weights
 from common.measure.audit_plan import AuditPlan
+from common.measure.features import feature_map
 from common.phantom.draw import draw_pairs
 from common.phantom.scanner import site_scanner
 from common.privacy.mechanism import Plan
-from common.protocol.messages import NoisedHistogram, ScoreOrder, TrainOrder, UtilityOrder, UtilityReply
+from common.protocol.messages import (
+    LedgerHead,
+    NoisedHistogram,
+    ScoreOrder,
+    TrainOrder,
+    UtilityOrder,
+    UtilityReply,
+    WarmUpOrder,
+)
 from common.settings.site import PhantomSource, SiteSettings
 from common.settings.study import Study
 from common.telemetry.events import Observer
@@ -47,7 +58,7 @@ class Task:
     public_critic: Weights | None
     public_generator: Weights
     stream: SecureStream
-    device: str
+    compute: Compute
     research_answers: bool
     observer: Observer
 
@@ -73,12 +84,19 @@ def _draw_phantoms(source: PhantomSource, study: Study) -> dict[str, NDArray[np.
     return {f"phantom-{i:05d}": pair[None] for i, pair in enumerate(pairs)}
 
 
+def warm_up(order: WarmUpOrder, task: Task) -> tuple[float, ...]:
+    """Release the noised sum of the study's public features over the members. Raises ValueError for another study."""
+    if order.plan.warm_up is None:
+        raise ValueError("the plan has no warm-up")
+    return release(feature_map(task.study), order.plan.warm_up, cohort=task.cohort, stream=task.stream)
+
+
 def train(order: TrainOrder, task: Task, kept: Mapping[str, Tensor] | None) -> tuple[Weights, Mapping[str, Tensor]]:
     """Train one round. kept: what the last done round left, None before the first; returns what this one leaves."""
     if kept is None:
-        state = GameState.start(task.study, task.public_critic, task.device)
+        state = GameState.start(task.study, task.public_critic, task.compute.device)
     else:
-        state = GameState.restore(task.study, kept, task.device)
+        state = GameState.restore(task.study, kept, task.compute.device)
     plan: Plan = order.plan
     weights, state = train_round(
         study=task.study,
@@ -89,6 +107,7 @@ def train(order: TrainOrder, task: Task, kept: Mapping[str, Tensor] | None) -> t
         stream=task.stream,
         observer=task.observer,
         task=f"round {order.round}",
+        compute=task.compute,
     )
     return weights, {name: tensor.cpu() for name, tensor in state.tensors().items()}
 
@@ -106,14 +125,15 @@ def score(order: ScoreOrder, task: Task, plan: AuditPlan) -> tuple[NoisedHistogr
     )
 
 
-def measure_utility(order: UtilityOrder, task: Task) -> UtilityReply:
-    """Measure the Dice of the order's segmenter on held-out patients."""
+def measure_utility(order: UtilityOrder, task: Task, head: LedgerHead) -> UtilityReply:
+    """Measure the Dice of the order's segmenter on held-out patients. head: of the ledger, when it was paid for."""
     return utility.answer(
         order,
         cohort=task.cohort,
         study=task.study,
         research_answers=task.research_answers,
         stream=task.stream,
+        ledger_head=head,
         observer=task.observer,
     )
 
@@ -123,6 +143,7 @@ class SiteWork:
     """The functions a site works with; the defaults are the real ones."""
 
     patients: Callable[[SiteSettings, Study, Observer], Mapping[str, NDArray[np.float16]]] = read_patients
+    warm_up: Callable[[WarmUpOrder, Task], tuple[float, ...]] = warm_up
     train: Callable[[TrainOrder, Task, Mapping[str, Tensor] | None], tuple[Weights, Mapping[str, Tensor]]] = train
     score: Callable[[ScoreOrder, Task, AuditPlan], tuple[NoisedHistogram, ...]] = score
-    utility: Callable[[UtilityOrder, Task], UtilityReply] = measure_utility
+    utility: Callable[[UtilityOrder, Task, LedgerHead], UtilityReply] = measure_utility

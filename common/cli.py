@@ -5,6 +5,8 @@ pyproject.toml. The first sentence of its docstring is its help line; it is read
 `--help` imports no sub-command. Conventions every sub-command keeps:
 
 - `--json` prints one JSON object on standard output and nothing else; progress goes to standard error.
+- A name of two words, `site ledger`, is a sub-command of a group; what the group is for is the first sentence of the
+  docstring of the module that holds its first command.
 - It prints results itself and raises an error of `common.errors` for everything else; a result that is a
   refusal ends with `raise typer.Exit(ExitCode.REFUSED)` once it is printed.
 - Torch and other heavy libraries are imported inside the function.
@@ -58,7 +60,15 @@ def run(arguments: Sequence[str], commands: Iterable[EntryPoint] | None = None) 
     """
     os.environ.update(ENVIRONMENT)
     quieten_libraries()
-    group = CommandGroup(entry_points(group=COMMANDS) if commands is None else commands)
+    show_version = click.Option(
+        ["--version"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_show_version,
+        help="Show the version and exit.",
+    )
+    group = CommandGroup(entry_points(group=COMMANDS) if commands is None else commands, params=[show_version])
     try:
         with group.make_context("consilium", list(arguments)) as context:
             group.invoke(context)
@@ -81,24 +91,28 @@ def run(arguments: Sequence[str], commands: Iterable[EntryPoint] | None = None) 
 
 
 class CommandGroup(click.Group):
-    """All sub-commands by name; a module is imported only when its command is called."""
+    """Sub-commands and groups of them by name; a module is imported only when its command is called."""
 
-    def __init__(self, commands: Iterable[EntryPoint]) -> None:
-        super().__init__(
-            name="consilium",
-            help="Federated, differentially private generation of synthetic 3-D medical scans, audited before release.",
-            params=[
-                click.Option(
-                    ["--version"],
-                    is_flag=True,
-                    is_eager=True,
-                    expose_value=False,
-                    callback=_show_version,
-                    help="Show the version and exit.",
-                )
-            ],
-        )
-        self._found = {point.name: point for point in commands}
+    def __init__(
+        self,
+        commands: Iterable[EntryPoint],
+        *,
+        name: str = "consilium",
+        text: str = "Federated, differentially private generation of synthetic 3-D medical scans, "
+        "audited before release.",
+        params: Sequence[click.Parameter] = (),
+    ) -> None:
+        super().__init__(name=name, help=text, params=list(params))
+        self._found: dict[str, EntryPoint | CommandGroup] = {}
+        groups: dict[str, list[EntryPoint]] = {}
+        for point in commands:
+            first, _, rest = point.name.partition(" ")
+            if rest:
+                groups.setdefault(first, []).append(EntryPoint(rest, point.value, point.group))
+            else:
+                self._found[first] = point
+        for first, points in groups.items():
+            self._found[first] = CommandGroup(points, name=first, text=f"{_module_line(points[0])}.")
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
         """Names of all sub-commands."""
@@ -106,11 +120,12 @@ class CommandGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """Import and build one sub-command; None when there is none of that name."""
-        if cmd_name not in self._found:
-            return None
+        found = self._found.get(cmd_name)
+        if found is None or isinstance(found, CommandGroup):
+            return found
         drop_logs()
         app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-        app.command(cmd_name)(self._found[cmd_name].load())
+        app.command(cmd_name)(found.load())
         command = typer.main.get_command(app)
         command.context_class = _PlainContext
         return command
@@ -128,7 +143,11 @@ class CommandGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the sub-commands without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, help_line(self._found[name])) for name in self.list_commands(ctx)])
+            formatter.write_dl([(name, self._line(name)) for name in self.list_commands(ctx)])
+
+    def _line(self, name: str) -> str:
+        found = self._found[name]
+        return (found.help or "").rstrip(".") if isinstance(found, CommandGroup) else help_line(found)
 
 
 class _PlainFormatter(click.HelpFormatter):
@@ -145,13 +164,26 @@ class _PlainContext(click.Context):
 
 def help_line(point: EntryPoint) -> str:
     """First sentence of the docstring of a sub-command's function, from its source text."""
+    for node in _source(point).body:
+        if isinstance(node, ast.FunctionDef) and node.name == point.attr:
+            return _first_sentence(node)
+    return "(not installed)"
+
+
+def _module_line(point: EntryPoint) -> str:
+    """First sentence of the docstring of the module that holds a sub-command."""
+    return _first_sentence(_source(point)) or "(not installed)"
+
+
+def _source(point: EntryPoint) -> ast.Module:
     spec = find_spec(point.module)
     source = spec.loader.get_source(point.module) if spec and isinstance(spec.loader, SourceLoader) else None
-    for node in ast.parse(source or "").body:
-        if isinstance(node, ast.FunctionDef) and node.name == point.attr:
-            first_line = (ast.get_docstring(node) or "").partition("\n")[0]
-            return first_line.partition(". ")[0].rstrip(".")
-    return "(not installed)"
+    return ast.parse(source or "")
+
+
+def _first_sentence(node: ast.FunctionDef | ast.Module) -> str:
+    first_line = (ast.get_docstring(node) or "").partition("\n")[0]
+    return first_line.partition(". ")[0].rstrip(".")
 
 
 def _show_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:

@@ -11,6 +11,7 @@ ConsiliumError                      exit code
 ├── Unreachable                     3   a site or service does not answer
 ├── ProtocolError                   4   a message of the other side cannot be read
 └── IntegrityError                  4   our own stored state is damaged
+    └── LedgerError                 4   the ledger is damaged, in use, of another site, or an older copy
 
 Texts carry numbers and names of settings, never patient data. What a site sends out
 is never the text of an exception, only a code of `common.protocol.messages.RefusalCode`.
@@ -85,3 +86,7 @@ class IntegrityError(ConsiliumError):
     """Stored state of our own is damaged or contradicts itself."""
 
     exit_code = ExitCode.INTERNAL
+
+
+class LedgerError(IntegrityError):
+    """The ledger of a site cannot be used as it is, or is not the one that it was; nothing was spent."""

@@ -2,14 +2,15 @@
 
 (1) warm start on public phantoms; its digest goes into every enrolment
 (2) enrolment: who takes part, hold-outs committed
-(3) rounds
-(4) audit: plan fixed and recorded, then scores, then verdict
-(5) candidates drawn and quarantined
-(6) utility
-(7) statements: what each site's ledger says after its last answer
-(8) gate
-(9) report, and the signed release or refusal
-(10) simulation only, after everything is signed: segmenters trained on real members, for comparison
+(3) warm-up, where the study has one: noised sums of public features, and the public start fitted to them
+(4) rounds
+(5) audit: plan fixed and recorded, then scores, then verdict
+(6) candidates drawn and quarantined
+(7) utility
+(8) statements: what each site's ledger says after its last answer
+(9) gate
+(10) report, and the signed release or refusal
+(11) simulation only, after everything is signed: segmenters trained on real members, for comparison
 
 Each stage leaves its result on disk and is read back from there, so a killed coordinator goes on where it was.
 """
@@ -26,11 +27,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from common.errors import IntegrityError
 from common.evidence.atomic import write_atomic
 from common.evidence.chain import EvidenceChain
 from common.evidence.predicate import CohortEpsilon, DecisionFacts, Outcome
+from common.evidence.signing import create_signing_key, load_signing_key
 from common.generator.network import read_weights, save_weights
-from common.privacy.calibration import calibrate
+from common.privacy.calibration import plan_of
 from common.privacy.mechanism import Plan
 from common.privacy.mechanism_json import mechanism_json
 from common.settings.load import study_digest
@@ -57,6 +62,8 @@ from server.run_folder import RunFolder, RunState, read_decision
 from server.seeds import derive
 from server.sites import RoundSites
 from server.utility import with_real
+from server.warm_up import WARM_UP_RECORD, WarmedUp, warm_up
+from server.witness import WitnessedSites
 
 # Sites count equally whatever their size: exact counts are private, and no study states other weights yet.
 EQUAL_WEIGHT: Final = 1.0
@@ -92,10 +99,11 @@ class CampaignOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Campaign:
-    """What every stage needs."""
+    """What every stage needs. sites: with the heads of their ledgers. key: countersigns those and signs the outcome."""
 
     study: Study
-    sites: RoundSites
+    sites: WitnessedSites
+    key: Ed25519PrivateKey
     run: RunFolder
     seed: int
     observer: Observer
@@ -129,21 +137,24 @@ def run_campaign(
     observer: Observer,
     now: Callable[[], datetime],
 ) -> CampaignOutcome:
-    """Stages (1) to (9), or what is left of them. The caller holds the run folder's lock.
+    """Stages (1) to (10), or what is left of them. The caller holds the run folder's lock.
 
     Raises Unreachable when too few sites enrol or train, IntegrityError when something on disk is damaged,
     SettingsError when the privacy target cannot be met; the run can be resumed after all of them but the last.
     """
-    campaign = Campaign(study=study, sites=sites, run=run, seed=seed, observer=observer, now=now)
     if run.facts.state is RunState.FINISHED or run.release.exists():
-        return _finish(campaign)
-    plan = calibrate(study.privacy, study.training)
+        return _finish(run)
+    key = load_signing_key(run.auditor_key) if run.auditor_key.exists() else create_signing_key(run.auditor_key)
+    watched = WitnessedSites(sites, study_digest=study_digest(study), key=key, file=run.witness)
+    campaign = Campaign(study=study, sites=watched, key=key, run=run, seed=seed, observer=observer, now=now)
+    plan = plan_of(study)
     _record_beginning(campaign, plan)
     public = _warm_start(campaign)  # (1)
     enrolment = _enrol(campaign, public)  # (2)
-    trained = _train(campaign, plan, public, enrolment)  # (3)
-    _audit_and_decide(campaign, trained, public)  # (4) to (9)
-    return _finish(campaign)
+    warmed = _warm_up(campaign, plan, public, enrolment)  # (3)
+    trained = _train(campaign, plan, public, enrolment, warmed)  # (4)
+    _audit_and_decide(campaign, trained, public)  # (5) to (10)
+    return _finish(run)
 
 
 def _record_beginning(campaign: Campaign, plan: Plan) -> None:
@@ -159,6 +170,7 @@ def _record_beginning(campaign: Campaign, plan: Plan) -> None:
             "simulated": facts.simulated,
             "seed": campaign.seed if facts.simulated else None,
             "mechanism": mechanism_json(plan.mechanism),
+            "warm_up": mechanism_json(plan.warm_up) if plan.warm_up else None,
             "clip_norm": plan.clip_norm,
             "divisor": plan.divisor,
             "code_version": version("consilium"),
@@ -190,12 +202,18 @@ def _enrol(campaign: Campaign, public: WarmStart) -> Enrolment:
     with campaign.stage("enrolment") as ended:
         if record is not None:
             enrolment = enrolment_from(record, study_digest(campaign.study))
+            if record.body.get("coordinator_key") != campaign.sites.public_key:
+                raise IntegrityError(
+                    f"{campaign.run.auditor_key} is not the key that the sites enrolled with; no site was asked. "
+                    "Restore it: the sites believe no other."
+                )
         else:
             enrolment = enrol(
                 campaign.study,
                 campaign.sites,
                 public_generator=public.generator,
                 public_critic=public.critic,
+                coordinator_key=campaign.sites.public_key,
                 chain=campaign.chain,
                 now=campaign.now,
             )
@@ -203,8 +221,31 @@ def _enrol(campaign: Campaign, public: WarmStart) -> Enrolment:
     return enrolment
 
 
-def _train(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolment) -> Trained:
-    """Stage (3)."""
+def _warm_up(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolment) -> WarmedUp | None:
+    """Stage (3), from disk as far as it is there; None for a study without a warm-up."""
+    if plan.warm_up is None:
+        return None
+    with campaign.stage(WARM_UP_RECORD) as ended:
+        warmed = warm_up(
+            campaign.study,
+            plan,
+            campaign.sites,
+            campaign.run.warm_up,
+            participants=enrolment.names,
+            start=public.generator,
+            seed=derive(campaign.seed, WARM_UP_RECORD),
+            chain=campaign.chain,
+            observer=campaign.observer,
+            now=campaign.now,
+        )
+        ended(f"{len(warmed.sums)} of {len(enrolment.names)} sites")
+    return warmed
+
+
+def _train(
+    campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolment, warmed: WarmedUp | None
+) -> Trained:
+    """Stage (4)."""
     digest = study_digest(campaign.study)
     store = CheckpointStore(campaign.run.checkpoints, study_digest=digest)
     campaign.observer(
@@ -230,7 +271,7 @@ def _train(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolme
                 observer=campaign.observer,
                 now=campaign.now,
             ),
-            public.generator,
+            warmed.generator if warmed else public.generator,
         )
         ended(f"{last.record.round} rounds")
     return Trained(
@@ -239,13 +280,14 @@ def _train(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolme
         enrolment=enrolment,
         generator=last.average,
         rounds=tuple(store.records()),
+        released=tuple(warmed.sums) if warmed else (),
     )
 
 
 def _audit_and_decide(campaign: Campaign, trained: Trained, public: WarmStart) -> None:
-    """Stages (4) to (10)."""
+    """Stages (5) to (11)."""
     run, chain, now = campaign.run, campaign.chain, campaign.now
-    with campaign.stage("audit") as ended:  # (4)
+    with campaign.stage("audit") as ended:  # (5)
         audit = conduct_audit(
             trained.study,
             campaign.sites,
@@ -260,50 +302,59 @@ def _audit_and_decide(campaign: Campaign, trained: Trained, public: WarmStart) -
             now=now,
         )
         ended(audit.verdict.value)
-    with campaign.stage("candidates"):  # (5)
+    with campaign.stage("candidates"):  # (6)
         candidates = quarantine_candidates(
             trained, run, seed=campaign.seed, chain=chain, observer=campaign.observer, now=now
         )
-    with campaign.stage("utility"):  # (6)
+    with campaign.stage("utility"):  # (7)
         utility = utility_of(
             trained, campaign.sites, run, seed=campaign.seed, chain=chain, observer=campaign.observer, now=now
         )
     with campaign.stage("release") as ended:
-        statements = statements_of(trained, campaign.sites, chain=chain, now=now)  # (7)
-        decision = decide_release(  # (8)
+        statements = statements_of(trained, campaign.sites, chain=chain, now=now)  # (8)
+        decision = decide_release(  # (9)
             trained,
             statements=statements,
             audit=audit,
             simulated=campaign.simulated or trained.enrolment.simulated,
             candidates=candidates,
         )
-        record_decision(chain, decision, now())  # (9) first: the page shows the digest of the chain that holds it
+        record_decision(chain, decision, now())  # (10) first: the page shows the digest of the chain that holds it
         report = write_report(
             trained,
             run,
             decision,
+            statements=statements,
             audit=audit,
             utility=utility,
             seed=campaign.seed,
             chain=chain,
             now=now(),
         )
-        publish(trained, run, decision, report=report, utility=utility, chain=chain, now=now())
+        publish(trained, run, decision, report=report, utility=utility, chain=chain, key=campaign.key, now=now())
         ended(decision.outcome.value)
     if utility is not None and run.facts.simulated:
-        with campaign.stage("comparison"):  # (10) exact answers: never in what was signed, never in a real study
+        with campaign.stage("comparison"):  # (11) exact answers: never in what was signed, never in a real study
             compared = with_real(trained.study, campaign.sites, utility, seed=derive(campaign.seed, "segmenter"))
             write_atomic(run.path / "comparison.json", compared.to_json().encode())
             write_report(
-                trained, run, decision, audit=audit, utility=compared, seed=campaign.seed, chain=chain, now=now()
+                trained,
+                run,
+                decision,
+                statements=statements,
+                audit=audit,
+                utility=compared,
+                seed=campaign.seed,
+                chain=chain,
+                now=now(),
             )
 
 
-def _finish(campaign: Campaign) -> CampaignOutcome:
+def _finish(run: RunFolder) -> CampaignOutcome:
     """The outcome as it was signed, and a run that says it is finished."""
-    facts = read_decision(campaign.run.release)
-    if facts.outcome is Outcome.RELEASE and campaign.run.candidates.exists():
-        shutil.rmtree(campaign.run.candidates)  # a kill right after the release was written left them in quarantine
-    if campaign.run.facts.state is not RunState.FINISHED:
-        campaign.run.finish(facts.outcome.value)
-    return CampaignOutcome.of(facts, campaign.run)
+    facts = read_decision(run.release)
+    if facts.outcome is Outcome.RELEASE and run.candidates.exists():
+        shutil.rmtree(run.candidates)  # a kill right after the release was written left them in quarantine
+    if run.facts.state is not RunState.FINISHED:
+        run.finish(facts.outcome.value)
+    return CampaignOutcome.of(facts, run)

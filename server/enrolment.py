@@ -51,16 +51,21 @@ def enrol(
     *,
     public_generator: Weights,
     public_critic: Weights | None,
+    coordinator_key: str,
     chain: EvidenceChain,
     now: Callable[[], datetime],
 ) -> Enrolment:
-    """Ask, validate and record. Raises Unreachable below the quorum; nothing was trained then."""
+    """Ask, validate and record. Raises Unreachable below the quorum; nothing was trained then.
+
+    coordinator_key: Ed25519 public key, hex, that will countersign the heads of the sites' ledgers.
+    """
     digest = study_digest(study)
     order = EnrolOrder(
         study_json=study_json(study),
         study_digest=digest,
         public_critic=public_critic,
         public_generator=public_generator,
+        coordinator_key=coordinator_key,
     )
     answers = sites.ask(dict.fromkeys(sites.names, order), study.federation.deadline_s)  # (1)
     participants: dict[str, EnrolReply] = {}
@@ -80,7 +85,7 @@ def enrol(
             "repeat the command when they are ready."
         )
     enrolment = Enrolment(participants=participants, refused=refused)
-    chain.append(ENROLMENT_RECORD, _body(digest, enrolment), now())  # (4)
+    chain.append(ENROLMENT_RECORD, _body(digest, enrolment) | {"coordinator_key": coordinator_key}, now())  # (4)
     return enrolment
 
 

@@ -21,8 +21,7 @@ from common.adversary.optimisers import critic_optimiser, generator_optimiser
 from common.adversary.steps import generator_step
 from common.generator.network import PairGenerator, build_generator, weights_of
 from common.generator.weights import Weights
-from common.phantom.draw import draw_pairs
-from common.phantom.scanner import site_scanner
+from common.phantom.draw import public_phantoms
 from common.settings.study import Study
 from common.telemetry.events import Observer, Progress
 
@@ -32,7 +31,7 @@ IMAGE_WEIGHT, LABEL_WEIGHT = 10.0, 10.0  # L1 and cross-entropy per voxel
 CODE_NOISE = 0.25  # standard deviation of the noise on a code
 LABEL_EMPHASIS = 2.0  # occupancies count twice in the components
 GAME_SHARE = 0.3  # of the warm start's steps
-PUBLIC_SITE = 0  # the neutral scanner
+CRITIC_STEPS = 4  # for each generator step, where the study states no number
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,30 +56,6 @@ def warm_start(study: Study, seed: int, observer: Observer, device: str = "cpu")
             study, generator=generator, critic=critic, phantoms=phantoms, steps=game_steps, rng=rng, observer=observer
         )
     return WarmStart(generator=weights_of(generator), critic=weights_of(critic))
-
-
-def public_phantoms(study: Study, seed: int, count: int) -> NDArray[np.float16]:
-    """(count, 1+K, D, H, W) phantoms of the study's kind on its grid, from varied public scanners.
-
-    One scanner per eighth of them: a warm start that has seen one contrast only would not transfer.
-    """
-    grid = study.grid.as_grid()
-    parts = np.array_split(np.arange(count), 8)
-    return np.concatenate(
-        [
-            draw_pairs(
-                study.warm_start.phantom,
-                seed=seed * 8 + part,
-                count=len(members),
-                scanner=site_scanner(seed=seed + 1_000_003, site=part if part else PUBLIC_SITE),
-                study_grid=grid,
-                intensity=study.intensity,
-                labels=study.labels,
-            )
-            for part, members in enumerate(parts)
-            if len(members)
-        ]
-    )
 
 
 def principal_codes(phantoms: NDArray[np.float16], size: int) -> NDArray[np.float32]:
@@ -158,7 +133,9 @@ def _play(
 ) -> None:
     """Phase (2): the sites' game on phantoms, without noise; the generator keeps a moving average."""
     device = next(generator.parameters()).device
-    training, every = study.training, study.training.critic_steps_per_generator_step
+    training = study.training
+    stated = training.critic_steps_per_generator_step
+    every = CRITIC_STEPS if stated == "adaptive" else stated  # the ladder answers noise, and here is none
     critic_steps = critic_optimiser(critic.parameters(), training)
     generator_steps = generator_optimiser(generator.parameters(), training)
     average = [p.detach().clone() for p in generator.parameters()]

@@ -8,21 +8,24 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import version
 from itertools import chain as joined
 from typing import Final
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from common.adversary.critic import build_critic
 from common.errors import IntegrityError
 from common.evidence.atomic import write_atomic
 from common.evidence.canonical import Json
 from common.evidence.chain import EvidenceChain
 from common.evidence.predicate import Outcome
-from common.evidence.signing import create_signing_key, load_signing_key
 from common.generator.network import PairGenerator, generator_from
 from common.generator.sampling import sample_batches, sample_pairs
 from common.generator.weights import Weights
+from common.phantom.draw import public_phantoms
 from common.privacy.mechanism import Plan
 from common.privacy.mechanism_json import mechanism_json
 from common.protocol.messages import StatementOrder, StatementReply
@@ -34,8 +37,8 @@ from server.audit.report import render_report, render_summary
 from server.audit.result import AuditResult
 from server.checkpoint import RoundRecord
 from server.enrolment import Enrolment
+from server.federation_epsilon import FederationEpsilon, federation_epsilon
 from server.evidence_log import append_once, last_record
-from server.pretrain import public_phantoms
 from server.release.bundle import (
     Dossier,
     candidates_digest,
@@ -59,7 +62,7 @@ _VERSIONED: Final = ("consilium", "flwr", "torch", "opacus", "monai", "numpy")
 class Trained:
     """What training left, as the later stages need it.
 
-    generator: what is audited and may be released. rounds: every round held.
+    generator: what is audited and may be released. rounds: every round held. released: sites whose warm-up was used.
     """
 
     study: Study
@@ -67,11 +70,12 @@ class Trained:
     enrolment: Enrolment
     generator: Weights
     rounds: tuple[RoundRecord, ...]
+    released: tuple[str, ...] = ()
 
     @property
     def participants(self) -> tuple[str, ...]:
         """Sites whose replies entered the generator, in the order of the study."""
-        used = set(joined.from_iterable(record.replies for record in self.rounds))
+        used = {*self.released, *joined.from_iterable(record.replies for record in self.rounds)}
         return tuple(name for name in self.enrolment.names if name in used)
 
     @property
@@ -168,7 +172,7 @@ def statements_of(
         name: {
             "members": [mechanism_json(m) for m in reply.members],
             "nonmembers": [mechanism_json(m) for m in reply.nonmembers],
-            "ledger_head": reply.ledger_head,
+            "ledger_head": asdict(reply.ledger_head),
         }
         for name, reply in stated.items()
     }
@@ -178,6 +182,7 @@ def statements_of(
             enrolled=trained.enrolment.participants[name],
             stated=reply,
             rounds=sum(name in record.replies for record in trained.rounds),
+            released=name in trained.released,
             delta=trained.study.privacy.delta,
         )
         for name, reply in stated.items()
@@ -214,10 +219,10 @@ def publish(
     report: str,
     utility: UtilityResult | None,
     chain: EvidenceChain,
+    key: Ed25519PrivateKey,
     now: datetime,
 ) -> None:
     """Write `release/`: the signed bundle, or the signed refusal. The candidates leave quarantine only in a bundle."""
-    key = load_signing_key(run.auditor_key) if run.auditor_key.exists() else create_signing_key(run.auditor_key)
     dossier = Dossier(study=trained.study, decision=decision, report_html=report, utility=utility)
     if decision.outcome is Outcome.RELEASE:
         write_release(
@@ -238,6 +243,7 @@ def write_report(
     run: RunFolder,
     decision: Decision,
     *,
+    statements: Mapping[str, SiteStatement],
     audit: AuditResult,
     utility: UtilityResult | None,
     seed: int,
@@ -254,6 +260,8 @@ def write_report(
         rounds=_course(trained),
         synthetic=sample_pairs(trained.network, seed=candidates_seed(seed), first=0, count=_GALLERY),
         phantom=public_phantoms(trained.study, derive(seed, "gallery"), _GALLERY),
+        federation=_federation(statements, trained.plan),
+        critic_parameters=sum(p.numel() for p in build_critic(trained.study).parameters()),
         seed=seed if decision.facts.simulated else None,
         versions=_versions(),
         evidence={"evidence chain": chain.head},
@@ -263,6 +271,11 @@ def write_report(
     write_atomic(run.report, page.encode())
     write_atomic(run.summary, render_summary(facts).encode())
     return page
+
+
+def _federation(statements: Mapping[str, SiteStatement], plan: Plan) -> FederationEpsilon | None:
+    stated = {site: statement.members.mechanisms for site, statement in statements.items()}
+    return federation_epsilon(stated, plan.delta) if stated else None
 
 
 def _course(trained: Trained) -> tuple[RoundCourse, ...]:

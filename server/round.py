@@ -176,10 +176,11 @@ def check_reply(answer: Reply | NoReply, order: TrainOrder) -> Weights | str:  #
 
 @cache
 def training_epsilon(plan: Plan, rounds: int) -> float | None:
-    """What training has cost each member after so many rounds; None for a plan without noise."""
+    """What warm-up and training have cost each member after so many rounds; None for a plan without noise."""
     if plan.mechanism.noise_multiplier == 0:
         return None
-    return epsilon([replace(plan.mechanism, steps=rounds * plan.steps_per_round)], plan.delta).value
+    before = [] if plan.warm_up is None else [plan.warm_up]
+    return epsilon([*before, replace(plan.mechanism, steps=rounds * plan.steps_per_round)], plan.delta).value
 
 
 def _not_held(campaign: TrainingCampaign, number: int, excluded: tuple[SiteExcluded, ...]) -> RoundNotHeld:

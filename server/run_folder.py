@@ -134,9 +134,19 @@ class RunFolder:
         return self.path / "warm-start"
 
     @property
+    def warm_up(self) -> Path:
+        """What the sites released before training, and the generator fitted to it."""
+        return self.path / "warm-up"
+
+    @property
     def audit(self) -> Path:
         """Plan, answers and result of the audit."""
         return self.path / "audit"
+
+    @property
+    def witness(self) -> Path:
+        """Heads of the sites' ledgers, countersigned; not created here."""
+        return self.path / "witness.json"
 
     @property
     def candidates(self) -> Path:
@@ -191,7 +201,7 @@ class RunFolder:
             raise UsageError(
                 f"{path} holds files that no Consilium run wrote; nothing was written. Choose a new folder with --out."
             )
-        for folder in (run.checkpoints, run.warm_start, run.audit, run.sites, run.auditor_key.parent):
+        for folder in (run.checkpoints, run.warm_start, run.warm_up, run.audit, run.sites, run.auditor_key.parent):
             folder.mkdir(parents=True, exist_ok=True)
         run.auditor_key.parent.chmod(0o700)
         write_atomic(run.study_file, study_json(study).encode())
@@ -303,7 +313,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _only_our_beginnings(path: Path) -> bool:
     """Nothing in the folder, or only what a creation that was interrupted left."""
-    ours = {"study.json", ".lock", "checkpoint", "warm-start", "audit", "sites", "private"}
+    ours = {"study.json", ".lock", "checkpoint", "warm-start", "warm-up", "audit", "sites", "private"}
     return all(child.name in ours or child.name.endswith(".part") for child in path.iterdir())
 
 

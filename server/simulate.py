@@ -22,7 +22,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity  # private: Message() needs it outside of Flower's processes
 
-from common.privacy.calibration import calibrate
+from common.privacy.calibration import plan_of
 from common.settings.load import study_digest
 from common.settings.study import Study
 from common.telemetry.events import Observer, ignore
@@ -157,7 +157,7 @@ def simulate(
     `run_campaign` raises. Returns the finished run.
     """
     settings = plan_sites(study, cohorts, seed)
-    plan = calibrate(study.privacy, study.training)
+    plan = plan_of(study)
     facts = RunFacts(
         engine=engine,
         sites=tuple(site.site for site in settings),

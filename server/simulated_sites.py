@@ -81,7 +81,7 @@ def _policy(study: Study, plan: Plan, now: datetime) -> SitePolicy:
         orders=tuple(OrderKind),
         epsilon_cap=study.privacy.epsilon_cap,
         delta_cap=study.privacy.delta,
-        minimum_noise=plan.mechanism.noise_multiplier,
+        minimum_noise=min(part.noise_multiplier for part in plan.mechanisms),
         maximum_steps=plan.mechanism.steps,
         minimum_patients=study.federation.minimum_patients,
         research_answers=True,  # asked only after the outcome is signed, for comparison; a real site never allows it

@@ -44,6 +44,7 @@ class NoReplyReason(StrEnum):
     DEADLINE = "no reply before the deadline"
     FAILED = "site software failed"
     UNREADABLE = "reply could not be read"
+    LEDGER = "ledger went back behind a head that was countersigned"
 
 
 @dataclass(frozen=True, kw_only=True)

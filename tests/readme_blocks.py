@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 from pydantic import BaseModel
@@ -99,12 +99,20 @@ def study_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
     """Dotted key, values it takes, and default of every key of a settings model, sections opened."""
     properties = model.model_json_schema()
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from study_keys(field.annotation, f"{prefix}{name}.")
-            continue
+        sections = [t for t in get_args(field.annotation) or (field.annotation,) if is_section(t)]
         schema = properties["properties"][name]
+        if sections:
+            if field.default is None:  # a section that may be left out
+                yield f"`{prefix}{name}`", f"the keys below, or {values({'type': 'null'}, {})}", "`None`"
+            yield from study_keys(sections[0], f"{prefix}{name}.")
+            continue
         default = "required" if field.default is PydanticUndefined else f"`{field.default}`"
         yield f"`{prefix}{name}`", values(schema, properties.get("$defs", {})), default
+
+
+def is_section(annotation: Any) -> bool:
+    """Whether a key of this type has keys of its own."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def values(schema: dict[str, Any], definitions: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from common.evidence.predicate import AuditBound, AuditFacts, CohortEpsilon, DecisionFacts, Outcome, SiteFacts
 from common.measure.audit_plan import Endpoint, default_edges
 from common.measure.intervals import Bound, Interval, Side
-from common.privacy.mechanism import DpSgd, Plan
+from common.privacy.mechanism import DpSgd, NoisedCounts, Plan
 from common.protocol.messages import SegmenterSource
 from common.settings.study import Study
 from server.audit.facts import ReportFacts, RoundCourse
@@ -27,11 +27,13 @@ from server.audit.result import (
     SiteAuc,
     Verdict,
 )
+from server.federation_epsilon import federation_epsilon
 from server.utility import NotMeasured, UtilityResult, UtilityRow
 
 DIGEST = "4f" * 32
 SITES = ("site-1", "site-2", "site-3")
 MEMBERS, NONMEMBERS = 910, 490
+EXAMPLE_MECHANISM = DpSgd(noise_multiplier=1.37, sampling_probability=0.1, steps=480)
 
 
 def example_study(**changes: Any) -> Study:
@@ -76,7 +78,7 @@ def example_facts(
             study, outcome=outcome, simulated=simulated, coarser=coarser, reasons=reasons, audit=audit
         ),
         plan=Plan(
-            mechanism=DpSgd(noise_multiplier=1.37, sampling_probability=0.1, steps=480),
+            mechanism=EXAMPLE_MECHANISM,
             clip_norm=1.0,
             divisor=30.0,
             steps_per_round=40,
@@ -89,6 +91,8 @@ def example_facts(
         rounds=tuple(example_round(number) for number in range(1, 13)),
         synthetic=example_pairs(seed=1, count=6),
         phantom=example_pairs(seed=2, count=6),
+        federation=federation_epsilon({site: [EXAMPLE_MECHANISM, NoisedCounts(epsilon=2.0)] for site in SITES}, 1e-4),
+        critic_parameters=11_777,
         seed=7 if simulated else None,
         versions={"consilium": "0.1.0", "torch": "2.13.0", "flwr": "1.41.0", "python": "3.11.9"},
         evidence={"Evidence chain, head": "1b" * 32},

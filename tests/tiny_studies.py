@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.measure.audit_plan import AuditPlan, Endpoint, EndpointPlan, default_edges
-from common.privacy.mechanism import DpSgd, Plan
+from common.privacy.mechanism import DpSgd, GaussianRelease, Plan
 from common.settings.study import Study
 
 TINY: dict[str, Any] = {
@@ -61,6 +61,7 @@ def tiny_plan(study: Study, *, noise: float) -> Plan:
         rounds=training.rounds,
         target_epsilon=privacy.target_epsilon if noise else None,
         delta=privacy.delta,
+        warm_up=GaussianRelease(noise_multiplier=noise) if study.warm_up else None,
     )
 
 

@@ -17,7 +17,7 @@ from common.errors import PolicyRefusal
 from common.generator.weights import Weights
 from common.measure.dice_sums import noise_epsilon, to_answer, total_units
 from common.measure.segmentation import dice_per_patient, load_segmenter, train_segmenter
-from common.protocol.messages import SegmenterSource, UtilityOrder, UtilityReply
+from common.protocol.messages import LedgerHead, SegmenterSource, UtilityOrder, UtilityReply
 from common.settings.study import Study
 from common.telemetry.events import Observer, ignore
 
@@ -29,9 +29,12 @@ def answer(
     study: Study,
     research_answers: bool,
     stream: SecureStream,
+    ledger_head: LedgerHead,
     observer: Observer = ignore,
 ) -> UtilityReply:
     """Summed Dice and number of the non-members; a patient with several scans counts once, with their mean.
+
+    ledger_head: where the ledger stood when this was paid for.
 
     SYNTHETIC and PHANTOM: discrete Laplace noise on K sums and one count, `study.utility.epsilon_per_answer`
     for the whole vector under adding or removing a patient. REAL: a segmenter trained on the members here, answered
@@ -67,6 +70,7 @@ def answer(
         patients=patients,
         exact=epsilon is None,
         epsilon=epsilon,
+        ledger_head=ledger_head,
     )
 
 

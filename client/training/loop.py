@@ -1,11 +1,12 @@
 """One round of the adversarial game at a site, under a plan.
 
-The critic sees real patients only through `patient_gradients` -> `clip_rows` -> `noised_mean`. Everything
-else here touches generated volumes, public constants and the noised critic, so it is post-processing:
+The critic sees real patients only through `PatientClipper.clipped_sum` -> `noisy`. Everything else here
+touches generated volumes, public constants and the noised critic, so it is post-processing:
 
 (1) draw patients: a fresh Poisson draw for each critic step, never reused
-(2) real part: gradient per patient, clipped, summed, noised once, divided by a public constant
-(3) fake part: a fixed number of generated volumes, clipped the same way, no noise
+(2) real part: gradient per patient, clipped and summed; fake part: a fixed number of generated volumes, clipped
+    the same way, with a public weight; both in one pass
+(3) the sum is noised once and divided by a public constant
 (4) Lipschitz control on weights or on generated volumes
 (5) generator step through the critic, which is not updated by it
 """
@@ -13,18 +14,24 @@ else here touches generated volumes, public constants and the noised critic, so 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from client.cohort import Cohort
 from client.randomness import SecureStream
-from client.training.gradient import assign_gradient, clip_rows, noised_mean, patient_gradients
+from client.training.clipping.engine import PatientClipper
+from client.training.clipping.part import Part
+from client.training.compute import CPU, Compute
+from client.training.ladder import GRACE, accuracy_on_fakes
+from client.training.noise import noisy
 from client.training.state import GameState
 from common.adversary.lipschitz import limit_slope
-from common.adversary.losses import fake_gradient_penalty
+from common.adversary.losses import fake_gradient_penalty, fake_loss, real_loss
 from common.adversary.steps import generator_step
 from common.generator.network import load_weights, weights_of
 from common.generator.weights import Weights
@@ -45,23 +52,45 @@ def train_round(
     stream: SecureStream,
     observer: Observer,
     task: str = "training",
+    compute: Compute = CPU,
 ) -> tuple[Weights, GameState]:
     """Train `plan.steps_per_round` critic steps; return the generator's weights and the state to keep.
 
-    weights: the round's generator. stream: keyed for this round alone; the same key gives the same bits.
+    weights: the round's generator. stream: keyed for this round alone; the same key gives the same bits on the
+    same machine. compute: how this hospital's machine does it; changes rounding, never the mechanism.
+    Raises SettingsError for a critic in which patients cannot be told apart.
     """
     load_weights(state.generator, weights)
-    device = next(state.critic.parameters()).device
+    clipper = PatientClipper(
+        state.critic, patients_at_once=compute.patients_at_once, autocast=compute.autocast, channels_last=True
+    )
     draws, noise, fakes = stream.fork("draw"), stream.fork("noise"), stream.fork("latent")
     for step in range(plan.steps_per_round):
         drawn = cohort.draw(draws, plan.mechanism.sampling_probability)  # (1)
-        views = gather_views(cohort, drawn, study.training.views_per_patient, draws).to(device)
-        _critic_step(study, plan, state, views=views, noise=noise, fakes=fakes)
-        if (step + 1) % study.training.critic_steps_per_generator_step == 0:
-            latent = _latents(fakes, study, device)
-            generator_step(state.generator, state.critic, state.generator_optimiser, study.training.loss, latent)  # (5)
+        views = gather_views(cohort, drawn, study.training.views_per_patient, draws).to(state.device)
+        _critic_step(study, plan, state, clipper, views=views, noise=noise, fakes=fakes)
+        state = replace(state, critic_steps=state.critic_steps + 1)
+        if state.critic_steps >= _critic_steps_wanted(study, state):
+            state = _generator_turn(study, plan, state, _latents(fakes, study, state.device))  # (5)
         observer(Progress(task=task, done=step + 1, total=plan.steps_per_round))
     return weights_of(state.generator), state
+
+
+def _critic_steps_wanted(study: Study, state: GameState) -> int:
+    """Critic steps for each generator step: the study's number, or what the ladder has climbed to."""
+    stated = study.training.critic_steps_per_generator_step
+    return state.ladder.critic_steps if stated == "adaptive" else stated
+
+
+def _generator_turn(study: Study, plan: Plan, state: GameState, latent: Tensor) -> GameState:
+    """One generator step. The ladder looks at how the noised critic judges generated volumes, so it costs nothing."""
+    ladder = state.ladder
+    if study.training.critic_steps_per_generator_step == "adaptive":
+        with torch.no_grad():
+            accuracy = accuracy_on_fakes(state.critic(state.generator(latent)))
+        ladder = ladder.after(accuracy, grace=max(1, min(GRACE, plan.mechanism.steps // 100)))
+    generator_step(state.generator, state.critic, state.generator_optimiser, study.training.loss, latent)
+    return replace(state, ladder=ladder, critic_steps=0)
 
 
 def gather_views(cohort: Cohort, patients: Sequence[str], views: int, stream: SecureStream) -> Tensor:
@@ -93,28 +122,41 @@ def _shifted(pair: NDArray[np.float16], shift: tuple[int, int, int]) -> NDArray[
 
 
 def _critic_step(
-    study: Study, plan: Plan, state: GameState, *, views: Tensor, noise: SecureStream, fakes: SecureStream
+    study: Study,
+    plan: Plan,
+    state: GameState,
+    clipper: PatientClipper,
+    *,
+    views: Tensor,
+    noise: SecureStream,
+    fakes: SecureStream,
 ) -> None:
-    """Steps (2) to (4)."""
+    """Steps (2) to (4): ((sum of clipped real + (divisor / F) * sum of clipped fake) + noise) / divisor."""
     training, critic = study.training, state.critic
-    device = views.device
-    real = clip_rows(patient_gradients(critic, views, training.loss, real=True), plan.clip_norm)
-    gradient = noised_mean(  # (2)
-        real,
-        clip_norm=plan.clip_norm,
-        noise_multiplier=plan.mechanism.noise_multiplier,
-        divisor=plan.divisor,
-        stream=noise,
-    )
     with torch.no_grad():
-        generated = state.generator(_latents(fakes, study, device))
-    fake = clip_rows(patient_gradients(critic, generated[:, None], training.loss, real=False), plan.clip_norm)
-    gradient = gradient + fake.mean(dim=0)  # (3) a public number of rows
+        generated = state.generator(_latents(fakes, study, state.device))
+    real = Part(views=views, loss=partial(real_loss, training.loss), clip_norm=plan.clip_norm)
+    fake = Part(
+        views=generated[:, None],
+        loss=partial(fake_loss, training.loss),
+        clip_norm=plan.clip_norm,  # as public as its weight; clipped so that both sides of the game pull alike
+        weight=plan.divisor / study.training.fake_batch,
+    )
+    total = clipper.clipped_sum([real, fake])  # (2)
+    scale = plan.mechanism.noise_multiplier * plan.clip_norm
+    gradient = noisy(total, scale=scale, stream=noise) / plan.divisor  # (3)
     if training.lipschitz is Lipschitz.FAKE_PENALTY:
         gradient = gradient + _penalty_gradient(state, generated, fakes)
-    assign_gradient(critic, gradient)
+    _assign_gradient(critic, gradient)
     state.critic_optimiser.step()
     limit_slope(critic, training.lipschitz)  # (4)
+
+
+def _assign_gradient(critic: nn.Module, flat: Tensor) -> None:
+    """Write a flat (P,) gradient into the parameters' `.grad`."""
+    parameters = list(critic.parameters())
+    for parameter, part in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def _penalty_gradient(state: GameState, generated: Tensor, fakes: SecureStream) -> Tensor:

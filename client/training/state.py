@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from client.training.ladder import Ladder
 from common.adversary.critic import Critic, build_critic
 from common.adversary.optimisers import critic_optimiser, generator_optimiser, optimiser_tensors, restore_optimiser
 from common.errors import IntegrityError
@@ -18,12 +20,22 @@ from common.settings.study import Study
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GameState:
-    """Both networks with their optimisers. The generator's weights come with each order; the rest stays here."""
+    """Both networks with their optimisers. The generator's weights come with each order; the rest stays here.
+
+    critic_steps: since the last generator step. ladder: how many are wanted, where the study lets it climb.
+    """
 
     generator: PairGenerator
     critic: Critic
     generator_optimiser: Optimizer
     critic_optimiser: Optimizer
+    critic_steps: int = 0
+    ladder: Ladder = field(default_factory=Ladder)
+
+    @property
+    def device(self) -> torch.device:
+        """Where both networks are."""
+        return next(self.critic.parameters()).device
 
     @classmethod
     def start(cls, study: Study, public_critic: Weights | None, device: str = "cpu") -> GameState:
@@ -45,6 +57,8 @@ class GameState:
             **{f"critic.{name}": p.detach().clone() for name, p in self.critic.named_parameters()},
             **optimiser_tensors(self.critic_optimiser, "critic_optimiser"),
             **optimiser_tensors(self.generator_optimiser, "generator_optimiser"),
+            **self.ladder.tensors(),
+            "pace.critic_steps": torch.tensor(self.critic_steps),
         }
 
     @classmethod
@@ -64,4 +78,4 @@ class GameState:
             ) from error
         restore_optimiser(state.critic_optimiser, "critic_optimiser", tensors)
         restore_optimiser(state.generator_optimiser, "generator_optimiser", tensors)
-        return state
+        return replace(state, ladder=Ladder.restore(tensors), critic_steps=int(tensors["pace.critic_steps"]))

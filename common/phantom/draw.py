@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.phantom.hippocampus import hippocampus
-from common.phantom.scanner import Anatomy, Scanner
+from common.phantom.scanner import Anatomy, Scanner, site_scanner
 from common.phantom.vessels import vessels
-from common.settings.study import IntensitySettings, PhantomKind
+from common.settings.study import IntensitySettings, PhantomKind, Study
 from common.volume.prepare import prepare
 from common.volume.volume import Grid, Volume
 
+PUBLIC_SITE = 0  # the neutral scanner
 _T1_SPACING_MM = 1.0  # what structural T1 scans are acquired with nearly everywhere
 
 
@@ -63,6 +64,30 @@ def draw_pairs(  # noqa: PLR0917  one reading order for seven plain facts
         image, label = draw(kind, patient_rng(kind, seed, scanner.site, i), scanner, grid)
         pairs[i] = prepare(image, label, labels=labels, grid=study_grid, intensity=intensity)
     return pairs
+
+
+def public_phantoms(study: Study, seed: int, count: int) -> NDArray[np.float16]:
+    """(count, 1+K, D, H, W) phantoms of the study's kind on its grid, from varied public scanners.
+
+    One scanner per eighth of them: a warm start that has seen one contrast only would not transfer.
+    """
+    grid = study.grid.as_grid()
+    parts = np.array_split(np.arange(count), 8)
+    return np.concatenate(
+        [
+            draw_pairs(
+                study.warm_start.phantom,
+                seed=seed * 8 + part,
+                count=len(members),
+                scanner=site_scanner(seed=seed + 1_000_003, site=part if part else PUBLIC_SITE),
+                study_grid=grid,
+                intensity=study.intensity,
+                labels=study.labels,
+            )
+            for part, members in enumerate(parts)
+            if len(members)
+        ]
+    )
 
 
 def acquisition_grid(kind: PhantomKind, study_grid: Grid) -> Grid:

@@ -25,7 +25,7 @@ from opacus.accountants.analysis.prv import (
 from opacus.accountants.analysis.rdp import compute_rdp
 from scipy.special import log_ndtr
 
-from common.privacy.mechanism import DpSgd, ExactAnswer, Mechanism, NoisedCounts, Unit
+from common.privacy.mechanism import DpSgd, ExactAnswer, GaussianRelease, Mechanism, NoisedCounts, Unit
 
 EPSILON_ERROR = 0.01  # half-width that PRV is asked for
 PRV_LIMIT = 60.0  # above this RDP epsilon no patient is protected and the PRV grid would overflow
@@ -117,6 +117,11 @@ def _merge(mechanisms: Sequence[Mechanism]) -> tuple[tuple[Loss, ...] | None, fl
                 key = (float(mechanism.noise_multiplier), float(mechanism.sampling_probability))
                 unbounded = unbounded or key[0] == 0
                 steps[key] = steps.get(key, 0) + mechanism.steps
+            case GaussianRelease():
+                units.add(Unit.PATIENT)
+                key = (float(mechanism.noise_multiplier), 1.0)
+                unbounded = unbounded or key[0] == 0
+                steps[key] = steps.get(key, 0) + 1
             case NoisedCounts():
                 units.add(Unit.PATIENT)
                 pure.append(mechanism.epsilon)
@@ -139,7 +144,8 @@ def _subsampled_gaussian(history: tuple[Loss, ...], delta: float) -> Epsilon:
     if bounds is None:
         return Epsilon(value=ceiling, lower=0.0, upper=ceiling, delta=delta, accountant="rdp")
     lower, estimate, upper = bounds
-    upper = min(upper, ceiling)  # both are proven; for a tiny epsilon RDP is the tighter one
+    # Both are proven; for a tiny epsilon RDP is the tighter one, and below zero delta alone covers everything.
+    upper = max(min(upper, ceiling), 0.0)
     value = min(max(estimate, 0.0), upper)
     return Epsilon(value=value, lower=min(max(lower, 0.0), value), upper=upper, delta=delta, accountant="prv")
 
@@ -184,21 +190,41 @@ def _prv(history: tuple[Loss, ...], delta: float) -> tuple[float, float, float] 
 def _gaussian(history: tuple[Loss, ...], delta: float) -> Epsilon:
     """Exact epsilon when every patient is in every step: one Gaussian with the summed signal.  [Balle & Wang 2018]"""
     mu = math.sqrt(math.fsum(n / noise**2 for noise, _, n in history))
-
-    def log_delta(eps: float) -> float:
-        first, second = log_ndtr(mu / 2 - eps / mu), eps + log_ndtr(-mu / 2 - eps / mu)
-        return float(first + np.log1p(-np.exp(min(second - first, -1e-300))))
-
     target = math.log(delta)
-    if log_delta(0.0) <= target:
+    if gaussian_log_delta(0.0, mu) <= target:
         return Epsilon(value=0.0, lower=0.0, upper=0.0, delta=delta, accountant="gaussian")
     low, high = 0.0, max(1.0, mu)
-    while log_delta(high) > target:
+    while gaussian_log_delta(high, mu) > target:
         low, high = high, 2 * high
     while high - low > 1e-9 * high:
         middle = (low + high) / 2
-        low, high = (middle, high) if log_delta(middle) > target else (low, middle)
+        low, high = (middle, high) if gaussian_log_delta(middle, mu) > target else (low, middle)
     return Epsilon(value=high, lower=low, upper=high, delta=delta, accountant="gaussian")
+
+
+def gaussian_log_delta(epsilon: float, mu: float) -> float:
+    """Logarithm of the least delta of one Gaussian release of signal / noise `mu`.  [Balle & Wang 2018, Theorem 8]"""
+    first, second = log_ndtr(mu / 2 - epsilon / mu), epsilon + log_ndtr(-mu / 2 - epsilon / mu)
+    return float(first + np.log1p(-np.exp(min(second - first, -1e-300))))
+
+
+def gaussian_mu(epsilon: float, delta: float) -> float:
+    """The largest signal / noise of one Gaussian release that keeps (epsilon, delta), to 1e-9 relative.
+
+    Also of a whole campaign: steps of noise s with everybody in them add up to mu = sqrt(steps) / s, and
+    subsampled ones come close to it.  [Dong et al. 2022]
+    epsilon: > 0. delta: in (0, 1). Raises ValueError otherwise.
+    """
+    _check_delta(delta)
+    if not epsilon > 0:
+        raise ValueError(f"epsilon must be > 0, got {epsilon}")
+    low, high = 1e-12, 1.0
+    while gaussian_log_delta(epsilon, high) <= math.log(delta):
+        low, high = high, 2 * high
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if gaussian_log_delta(epsilon, middle) > math.log(delta) else (middle, high)
+    return low
 
 
 def _renyi(history: tuple[Loss, ...], delta: float) -> float:

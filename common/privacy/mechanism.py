@@ -41,6 +41,23 @@ class DpSgd:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GaussianRelease:
+    """One vector, released once with Gaussian noise; the unit is the patient.  [Dwork & Roth 2014, Appendix A]
+
+    One patient, with all of that patient's scans, changes the vector by at most one in L2 norm, counted in
+    its clip norm. It is the DpSgd of a single step with everybody in it, and composes like one.
+
+    noise_multiplier: noise standard deviation / clip norm; 0 means no privacy (research simulation).
+    """
+
+    noise_multiplier: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
+            raise ValueError(f"noise_multiplier must be finite and >= 0, got {self.noise_multiplier}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class NoisedCounts:
     """Integer counts released with discrete Laplace noise; one patient changes one count by at most one.
 
@@ -65,7 +82,7 @@ class ExactAnswer:
     question: str
 
 
-Mechanism = DpSgd | NoisedCounts | ExactAnswer
+Mechanism = DpSgd | GaussianRelease | NoisedCounts | ExactAnswer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +97,7 @@ class Plan:
     divisor: public constant the noised sum is divided by; never the realised batch size.
     steps_per_round: critic steps of one round; mechanism.steps = rounds * steps_per_round.
     target_epsilon: what the noise was calibrated to; None only for a research plan without noise.
+    warm_up: one release before the first round, None for a plan that goes straight to training.
     """
 
     mechanism: DpSgd
@@ -89,6 +107,7 @@ class Plan:
     rounds: int
     target_epsilon: float | None
     delta: float
+    warm_up: GaussianRelease | None = None
 
     def __post_init__(self) -> None:
         if self.clip_norm <= 0 or self.divisor <= 0:
@@ -99,8 +118,14 @@ class Plan:
             )
         if not 0 < self.delta < 1:
             raise ValueError(f"delta must lie in (0, 1), got {self.delta}")
-        if (self.target_epsilon is None) != (self.mechanism.noise_multiplier == 0):
-            raise ValueError("a plan has noise if and only if it has a target epsilon")
+        for part in self.mechanisms:
+            if (self.target_epsilon is None) != (part.noise_multiplier == 0):
+                raise ValueError("a plan has noise, everywhere, if and only if it has a target epsilon")
+
+    @property
+    def mechanisms(self) -> tuple[DpSgd | GaussianRelease, ...]:
+        """Everything that the plan does to a patient it trains on, in order."""
+        return (self.mechanism,) if self.warm_up is None else (self.warm_up, self.mechanism)
 
     @property
     def one_round(self) -> DpSgd:

@@ -6,7 +6,7 @@ import json
 from typing import assert_never
 
 from common.errors import IntegrityError
-from common.privacy.mechanism import DpSgd, ExactAnswer, Mechanism, NoisedCounts, Unit
+from common.privacy.mechanism import DpSgd, ExactAnswer, GaussianRelease, Mechanism, NoisedCounts, Unit
 
 
 def mechanism_json(mechanism: Mechanism) -> str:
@@ -20,6 +20,8 @@ def mechanism_json(mechanism: Mechanism) -> str:
                 "steps": mechanism.steps,
                 "unit": mechanism.unit.value,
             }
+        case GaussianRelease():
+            fields = {"kind": "gaussian_release", "noise_multiplier": float(mechanism.noise_multiplier)}
         case NoisedCounts():
             fields = {"kind": "noised_counts", "epsilon": float(mechanism.epsilon)}
         case ExactAnswer():
@@ -36,6 +38,8 @@ def parse_mechanism(text: str) -> Mechanism:
         kind = fields.pop("kind")
         if kind == "dp_sgd":
             return DpSgd(**{**fields, "unit": Unit(fields["unit"])})
+        if kind == "gaussian_release":
+            return GaussianRelease(**fields)
         if kind == "noised_counts":
             return NoisedCounts(**fields)
         if kind == "exact_answer":

@@ -23,7 +23,7 @@ import math
 import numbers
 import struct
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from enum import StrEnum
 from functools import cache
 from io import BytesIO
@@ -39,11 +39,12 @@ from safetensors.numpy import save as save_safetensors
 
 from common.errors import ProtocolError
 from common.generator.weights import Weights
-from common.privacy.mechanism import DpSgd, ExactAnswer, NoisedCounts, Plan
+from common.privacy.mechanism import DpSgd, ExactAnswer, GaussianRelease, NoisedCounts, Plan
 from common.protocol.messages import (
     PROTOCOL_VERSION,
     EnrolOrder,
     EnrolReply,
+    LedgerHead,
     NoisedHistogram,
     Order,
     RefusalReply,
@@ -56,10 +57,14 @@ from common.protocol.messages import (
     TrainReply,
     UtilityOrder,
     UtilityReply,
+    WarmUpOrder,
+    WarmUpReply,
+    WitnessedHead,
 )
 
 ORDER_NAMES: Mapping[type, str] = {  # also Flower's message types
     EnrolOrder: "query.enrol",
+    WarmUpOrder: "train.warm_up",
     TrainOrder: "train.gan",
     ScoreOrder: "query.score",
     UtilityOrder: "query.utility",
@@ -67,6 +72,7 @@ ORDER_NAMES: Mapping[type, str] = {  # also Flower's message types
 }
 REPLY_NAMES: Mapping[type, str] = {
     EnrolReply: "reply.enrol",
+    WarmUpReply: "reply.warm_up",
     TrainReply: "reply.train",
     ScoreReply: "reply.score",
     UtilityReply: "reply.utility",
@@ -76,9 +82,12 @@ REPLY_NAMES: Mapping[type, str] = {
 _PART_NAMES: Mapping[type, str] = {
     Plan: "plan",
     DpSgd: "dp_sgd",
+    GaussianRelease: "gaussian_release",
     NoisedCounts: "noised_counts",
     ExactAnswer: "exact_answer",
     NoisedHistogram: "noised_histogram",
+    LedgerHead: "ledger_head",
+    WitnessedHead: "witnessed_head",
 }
 _NAMES: Mapping[type, str] = {**ORDER_NAMES, **REPLY_NAMES, **_PART_NAMES}
 
@@ -120,7 +129,12 @@ def decode_reply(records: RecordDict) -> Reply:
 
 
 def digest(message: Order | Reply) -> str:
-    """SHA-256 that identifies the message with all of its arrays. Raises ProtocolError as `encode` does."""
+    """SHA-256 that identifies the message with all of its arrays. Raises ProtocolError as `encode` does.
+
+    Without the witness of an order: a question asked again with a newer witness is the same question.
+    """
+    if getattr(message, "witness", None) is not None:
+        message = replace(message, witness=None)  # type: ignore[arg-type]
     return hashlib.sha256(to_text(message).encode()).hexdigest()
 
 

@@ -3,12 +3,14 @@
 Beside the digest of the order's own study a reply may hold
 
 - to EnrolOrder: three SHA-256 digests (hold-out, policy, code) and whether the site is simulated;
+- to WarmUpOrder: one number a feature, as many as the study asks for, on the grid of the noise;
 - to TrainOrder: the order's round; generator arrays of exactly the agreed names and shapes, float32,
   finite, with their digest;
 - to ScoreOrder: the order's digests; one histogram for each endpoint and group of the order's plan,
   with the plan's bins and epsilon;
 - to UtilityOrder: the order's source; one sum a label and one count, on the grid of `common.measure.dice_sums`;
-- to StatementOrder: mechanisms, and the ledger's head as SHA-256;
+- to StatementOrder: mechanisms;
+- to every order but EnrolOrder: the ledger's head, a number of rows and a SHA-256;
 - to any order: a refusal code.
 
 Pure; no Flower. It is checked twice on the way out, with the site's stored shapes in `client/site.py`
@@ -23,10 +25,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from common.measure.audit_plan import AuditPlan, Group
 from common.measure.dice_sums import UNITS
-from common.privacy.mechanism import DpSgd, ExactAnswer, Mechanism, NoisedCounts, Unit
+from common.privacy.mechanism import DpSgd, ExactAnswer, GaussianRelease, Mechanism, NoisedCounts, Unit
 from common.protocol.messages import (
+    RELEASE_GRID,
     EnrolOrder,
     EnrolReply,
+    LedgerHead,
     Order,
     RefusalCode,
     RefusalReply,
@@ -40,6 +44,8 @@ from common.protocol.messages import (
     TrainReply,
     UtilityOrder,
     UtilityReply,
+    WarmUpOrder,
+    WarmUpReply,
 )
 
 LARGEST_COUNT = 10**6  # far above any cohort and its noise: a larger number carries something else
@@ -67,6 +73,8 @@ def objections(reply: Reply, *, order: Order, shapes: Shapes, labels: int | None
             return [] if isinstance(code, RefusalCode) else ["refusal without a fixed code"]
         case EnrolOrder(), EnrolReply():
             found = _enrol(reply)
+        case WarmUpOrder(), WarmUpReply():
+            found = _warm_up(reply, order)
         case TrainOrder(), TrainReply():
             found = _train(reply, order, shapes)
         case ScoreOrder(), ScoreReply():
@@ -78,7 +86,8 @@ def objections(reply: Reply, *, order: Order, shapes: Shapes, labels: int | None
         case _:
             return [f"{type(reply).__name__} does not answer {type(order).__name__}"]
     study = [] if reply.study_digest == order.study_digest else ["study digest is not the order's"]
-    return [*study, *found]
+    head = [] if isinstance(reply, EnrolReply) else _head(reply.ledger_head)
+    return [*study, *head, *found]
 
 
 def _enrol(reply: EnrolReply) -> Iterator[str]:
@@ -87,6 +96,13 @@ def _enrol(reply: EnrolReply) -> Iterator[str]:
             yield f"{name} is not a SHA-256"
     if not isinstance(reply.simulated, bool):
         yield "simulated is not a truth value"
+
+
+def _warm_up(reply: WarmUpReply, order: WarmUpOrder) -> Iterator[str]:
+    if len(reply.sums) != order.features:
+        yield f"{len(reply.sums)} sums are not the order's {order.features}"
+    if not all(abs(value) <= LARGEST_COUNT and (value / RELEASE_GRID).is_integer() for value in reply.sums):
+        yield "a sum is not on the fixed grid"
 
 
 def _train(reply: TrainReply, order: TrainOrder, shapes: Shapes) -> Iterator[str]:
@@ -138,9 +154,12 @@ def _utility(reply: UtilityReply, order: UtilityOrder, labels: int | None) -> It
         yield "epsilon is not positive"
 
 
+def _head(head: LedgerHead) -> Iterator[str]:
+    if type(head.rows) is not int or not 0 <= head.rows <= LARGEST_COUNT or not _DIGEST.fullmatch(head.hash):
+        yield "ledger_head is not a number of rows and a SHA-256"
+
+
 def _statement(reply: StatementReply) -> Iterator[str]:
-    if not _DIGEST.fullmatch(reply.ledger_head):
-        yield "ledger_head is not a SHA-256"
     for mechanism in (*reply.members, *reply.nonmembers):
         if not _is_public(mechanism):
             yield f"{type(mechanism).__name__} is not a mechanism that may be stated"
@@ -150,7 +169,7 @@ def _is_public(mechanism: Mechanism) -> bool:
     match mechanism:
         case DpSgd():
             return mechanism.unit is Unit.PATIENT
-        case NoisedCounts():
+        case GaussianRelease() | NoisedCounts():
             return True
         case ExactAnswer():
             return _QUESTION.fullmatch(mechanism.question) is not None

@@ -13,7 +13,10 @@ from enum import StrEnum
 from common.generator.weights import Weights
 from common.privacy.mechanism import Mechanism, Plan
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+
+# Every released sum is a multiple: finer than the grid of any noise, too coarse to carry anything else.
+RELEASE_GRID = 2.0**-20
 
 
 class RefusalCode(StrEnum):
@@ -25,7 +28,29 @@ class RefusalCode(StrEnum):
     STALE = "stale"  # other study, protocol, code or an old round
     DIGEST = "digest"  # weights are not what their digest says, or not a generator this site co-trained
     PAUSED = "paused"  # the site paused itself
+    LEDGER = "ledger"  # the site's ledger is damaged, in use, or not the one whose head was countersigned
     INTERNAL = "internal"  # anything else; the reason is in the site's own log
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerHead:
+    """Where a site's ledger stood: number of its rows, and the SHA-256 of the last one."""
+
+    rows: int
+    hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WitnessedHead:
+    """A head that the site stated before, countersigned by the coordinator.
+
+    signature: Ed25519, hex, over the study's digest, the site's name and the head, by the key that the site
+    enrolled with. A ledger that does not hold this head was rolled back, forked or rewritten.
+    """
+
+    site: str
+    head: LedgerHead
+    signature: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,13 +59,31 @@ class EnrolOrder:
 
     study_json: canonical JSON of the study; study_digest: its SHA-256.
     public_critic: critic trained on phantoms or public data only, the start of the site's own critic.
-    generator_digests: digests of public generators (warm start) that later orders may refer to.
+    public_generator: generator trained on phantoms or public data only; later orders may refer to it by its digest.
+    coordinator_key: Ed25519 public key, hex, that countersigns the heads of the site's ledger.
     """
 
     study_json: str
     study_digest: str
     public_critic: Weights | None
     public_generator: Weights
+    coordinator_key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmUpOrder:
+    """Release one noised sum of public features over the site's members, as the plan's warm-up says.
+
+    features: how many numbers, as the study says. What they are follows from the study alone.
+
+    witness: here and in every order that costs budget, the last head of this site's ledger that the
+    coordinator saw; None before the first. It is no part of the question: `codec.digest` leaves it out.
+    """
+
+    study_digest: str
+    plan: Plan
+    features: int
+    witness: WitnessedHead | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +96,7 @@ class TrainOrder:
     weights_digest: str
     plan: Plan
     deadline_s: float
+    witness: WitnessedHead | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,6 +117,7 @@ class ScoreOrder:
     audit_plan_digest: str
     seed: int
     volumes: int
+    witness: WitnessedHead | None = None
 
 
 class SegmenterSource(StrEnum):
@@ -95,6 +140,7 @@ class UtilityOrder:
     segmenter: Weights | None
     training_steps: int
     seed: int
+    witness: WitnessedHead | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +148,10 @@ class StatementOrder:
     """State what this study has spent at the site."""
 
     study_digest: str
+    witness: WitnessedHead | None = None
 
 
-Order = EnrolOrder | TrainOrder | ScoreOrder | UtilityOrder | StatementOrder
+Order = EnrolOrder | WarmUpOrder | TrainOrder | ScoreOrder | UtilityOrder | StatementOrder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +169,18 @@ class EnrolReply:
     simulated: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class WarmUpReply:
+    """The noised sum of public features, one float a feature, on the fixed grid of the noise.
+
+    ledger_head: here and in every reply that cost budget, where the site's ledger stood when it was paid for.
+    """
+
+    study_digest: str
+    sums: tuple[float, ...]
+    ledger_head: LedgerHead
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainReply:
     """The round's generator, post-processing of the noised critic."""
@@ -130,6 +189,7 @@ class TrainReply:
     round: int
     weights: Weights
     weights_digest: str
+    ledger_head: LedgerHead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +214,7 @@ class ScoreReply:
     weights_digest: str
     audit_plan_digest: str
     histograms: tuple[NoisedHistogram, ...]
+    ledger_head: LedgerHead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,16 +231,17 @@ class UtilityReply:
     patients: float
     exact: bool
     epsilon: float | None
+    ledger_head: LedgerHead
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatementReply:
-    """Mechanisms in the site's ledger for this study, by cohort, and the ledger's head hash."""
+    """Mechanisms in the site's ledger for this study, by cohort, and the ledger's head."""
 
     study_digest: str
     members: tuple[Mechanism, ...]
     nonmembers: tuple[Mechanism, ...]
-    ledger_head: str
+    ledger_head: LedgerHead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,4 +251,4 @@ class RefusalReply:
     code: RefusalCode
 
 
-Reply = EnrolReply | TrainReply | ScoreReply | UtilityReply | StatementReply | RefusalReply
+Reply = EnrolReply | WarmUpReply | TrainReply | ScoreReply | UtilityReply | StatementReply | RefusalReply

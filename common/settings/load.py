@@ -18,7 +18,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from common.errors import SettingsError
-from common.settings.study import PrivacySettings, Settings, Study
+from common.settings.by_rule import fill
+from common.settings.study import Loss, PrivacySettings, Settings, Study
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -27,12 +28,13 @@ Model = TypeVar("Model", bound=Settings)
 
 GRID_STEP = 8  # the generator doubles three times
 GRID_SMALLEST, GRID_LARGEST = 16, 128
+MOST_FEATURES = 128  # of a warm-up release
 LABEL_LARGEST = 255  # label volumes are uint8
 
 
 def load_study(path: Path) -> Study:
-    """Read a study file. Raises SettingsError that lists every problem with its dotted path."""
-    study = load_settings(path, Study)
+    """Read a study file, `by-rule` settings filled in. Raises SettingsError that lists every problem with its path."""
+    study = _validated(fill(_read_yaml(path), path.name), Study, path.name)
     problems = study_problems(study)
     if problems:
         raise SettingsError("\n".join(f"{path.name}: {problem}" for problem in problems))
@@ -45,18 +47,25 @@ def load_settings(path: Path, model: type[Model]) -> Model:
     Raises SettingsError: the file is missing, is not YAML, has a key twice, an unknown key
     (with the nearest name), a wrong type or a bad range.
     """
+    return _validated(_read_yaml(path), model, path.name)
+
+
+def _read_yaml(path: Path) -> dict[str, object]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as failure:
         reason = failure.strerror if isinstance(failure, OSError) else "it is not UTF-8 text"
         raise SettingsError(f"{path}: cannot be read: {reason}; nothing was started. Check the path.") from failure
-    content = _parse_yaml(text, path.name)
+    return _parse_yaml(text, path.name)
+
+
+def _validated(content: dict[str, object], model: type[Model], name: str) -> Model:
     try:
         return model.model_validate_json(json.dumps(content, default=_date_text))
     except ValidationError as failure:
-        raise SettingsError(problems_text(failure, model, path.name)) from failure
+        raise SettingsError(problems_text(failure, model, name)) from failure
     except TypeError as failure:
-        raise SettingsError(f"{path.name}: a value is of a kind that settings do not have ({failure})") from failure
+        raise SettingsError(f"{name}: a value is of a kind that settings do not have ({failure})") from failure
 
 
 def parse_study(json_text: str) -> Study:
@@ -103,7 +112,9 @@ def study_problems(study: Study) -> list[str]:
         *_grid_problems(study),
         *_label_problems(study),
         *privacy_problems(study.privacy),
+        *_warm_up_problems(study),
         *_threshold_problems(study),
+        *_game_problems(study),
     ]
 
 
@@ -144,6 +155,30 @@ def privacy_problems(privacy: PrivacySettings) -> Iterator[str]:
         yield (
             f"privacy.target_epsilon: {privacy.target_epsilon:g} is above epsilon_cap {privacy.epsilon_cap:g}: "
             "the last rounds would be refused"
+        )
+
+
+def _warm_up_problems(study: Study) -> Iterator[str]:
+    if study.warm_up is None:
+        return
+    for name in ("histogram_bins", "volume_bins"):
+        if getattr(study.warm_up, name) == 1:
+            yield f"warm_up.{name}: 1 bin would hold everything; use 0 for none, or at least 2"
+    wanted = study.warm_up.features(len(study.labels))
+    if not 1 <= wanted <= MOST_FEATURES:
+        yield (
+            f"warm_up: {wanted} numbers would be asked of a site with {len(study.labels)} labels; 1 to {MOST_FEATURES} "
+            "are possible, because every number brings its own noise. Change components (two each), surroundings (1 "
+            "for each label, and 26 for each step), histogram_bins (for each label and the background) or volume_bins"
+        )
+
+
+def _game_problems(study: Study) -> Iterator[str]:
+    training = study.training
+    if training.critic_steps_per_generator_step == "adaptive" and training.loss is Loss.WASSERSTEIN:
+        yield (
+            "training.critic_steps_per_generator_step: `adaptive` asks whether the critic tells generated volumes, and "
+            "the Wasserstein loss has no boundary between real and generated; take hinge or nonsaturating, or a number"
         )
 
 

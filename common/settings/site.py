@@ -27,11 +27,20 @@ class PhantomSource(Settings):
     site: Annotated[int, Field(ge=0)]
 
 
+class Precision(StrEnum):
+    """Number format of the critic's forward and backward pass; norms, sums and noise are float32 or longer."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 class SiteSettings(Settings):
     """One site's installation.
 
     data: folder of scans, or phantoms. part: (index, parts) takes only the patients of one share of the folder;
     for simulation, where several sites read one folder. state: folder for cohort, ledger, critic and replies.
+    device, precision: of training. patients_at_once: whose gradients are made together; fewer need less memory and give
+    the same result up to rounding, null makes all at once.
     simulation_seed: makes the site's randomness repeatable; null on every real site.
     """
 
@@ -40,6 +49,8 @@ class SiteSettings(Settings):
     part: tuple[int, int] | None = None
     state: Path
     device: Literal["cpu", "cuda"] = "cpu"
+    precision: Annotated[Precision, Field(strict=False)] = Precision.FLOAT32
+    patients_at_once: Annotated[int, Field(ge=1)] | None = None
     simulation_seed: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
@@ -62,6 +73,7 @@ class OrderKind(StrEnum):
     """Orders a policy can allow."""
 
     ENROL = "enrol"
+    WARM_UP = "warm-up"
     TRAIN = "train"
     SCORE = "score"
     UTILITY = "utility"

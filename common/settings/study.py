@@ -98,12 +98,15 @@ class Lipschitz(StrEnum):
 
 
 class TrainingSettings(Settings):
-    """The adversarial game. `mode: paper` takes the published DP-WGAN's RMSprop; its clamp is `lipschitz: clamp`."""
+    """The adversarial game. `mode: paper` takes the published DP-WGAN's RMSprop; its clamp is `lipschitz: clamp`.
+
+    critic_steps_per_generator_step: a number, or `adaptive`: it climbs while the critic cannot tell generated volumes.
+    """
 
     mode: Literal["platform", "paper"] = "platform"
     rounds: Annotated[int, Field(ge=1)]
     critic_steps_per_round: Annotated[int, Field(ge=1)]
-    critic_steps_per_generator_step: Annotated[int, Field(ge=1)] = 4
+    critic_steps_per_generator_step: Annotated[int, Field(ge=1)] | Literal["adaptive"] = 4
     views_per_patient: Annotated[int, Field(ge=1)] = 1
     fake_batch: Annotated[int, Field(ge=1)] = 16
     loss: Loss = Field(default=Loss.WASSERSTEIN, strict=False)
@@ -123,6 +126,29 @@ class WarmStartSettings(Settings):
     volumes: Annotated[int, Field(ge=16)] = 512
     steps: Annotated[int, Field(ge=0)] = 300
     batch: Annotated[int, Field(ge=2)] = 16
+
+
+class WarmUpSettings(Settings):
+    """One noised sum of public features from each site, before training, that the public generator is fitted to.
+
+    share: of `privacy.target_epsilon`, spent on it. components: principal components of the phantoms, whose first and
+    second moments are asked for. surroundings: how far from each label the grey values around it are asked for, in
+    steps of two voxels. histogram_bins: of each tissue's grey values. volume_bins: of each label's size.
+    steps, learning_rate: of the fit, which costs no privacy.
+    """
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    components: Annotated[int, Field(ge=0, le=64)] = 0
+    surroundings: Annotated[int, Field(ge=0, le=4)] = 1
+    histogram_bins: Annotated[int, Field(ge=0, le=32)] = 0
+    volume_bins: Annotated[int, Field(ge=0, le=32)] = 6
+    steps: Annotated[int, Field(ge=1)] = 150
+    learning_rate: Positive = 1e-3
+
+    def features(self, labels: int) -> int:
+        """How many numbers a site releases for a study with so many labels."""
+        offsets = 1 + 26 * self.surroundings if self.surroundings else 0
+        return 2 * self.components + labels * (offsets + self.volume_bins) + (labels + 1) * self.histogram_bins
 
 
 class FederationSettings(Settings):
@@ -190,6 +216,7 @@ class Study(Settings):
     privacy: PrivacySettings
     training: TrainingSettings
     warm_start: WarmStartSettings
+    warm_up: WarmUpSettings | None = None
     federation: FederationSettings = FederationSettings()
     audit: AuditSettings = AuditSettings()
     release: ReleaseSettings = ReleaseSettings()

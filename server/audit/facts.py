@@ -13,6 +13,7 @@ from common.evidence.predicate import DecisionFacts
 from common.privacy.mechanism import Plan
 from common.settings.study import Study
 from server.audit.result import AuditResult
+from server.federation_epsilon import FederationEpsilon
 from server.utility import UtilityResult
 
 
@@ -43,6 +44,8 @@ class ReportFacts:
     decision: the gate's, with epsilon by site and digests. audit, utility: None when there was none.
     rounds: in order; empty when nothing was trained. synthetic, phantom: (n, 1+K, D, H, W) pairs of the study's
     grid for the gallery; never a real scan. seed: of a simulated run, None for a real one.
+    federation: epsilon of members over sites, from the ledgers; None when no site stated anything.
+    critic_parameters: of the network that looked at patients.
     versions: by component. evidence: further named digests (evidence head, release manifest ...).
     made_at: time zone aware.
     """
@@ -55,6 +58,8 @@ class ReportFacts:
     rounds: tuple[RoundCourse, ...]
     synthetic: NDArray[np.floating]
     phantom: NDArray[np.floating]
+    federation: FederationEpsilon | None
+    critic_parameters: int
     seed: int | None
     versions: Mapping[str, str]
     evidence: Mapping[str, str]

@@ -71,6 +71,8 @@ def render_report(facts: ReportFacts) -> str:
         utility=facts.utility,
         headline=wording.headline(facts),
         statements=wording.statements(facts),
+        warm_up=wording.warm_up_text(facts),
+        guarantee=wording.guarantee(facts),
         tiles=tiles(facts),
         tpr_limit=lambda spent: _share(wording.tpr_limit(spent, facts.study.audit.false_positive_rate)),
         limit_rows=limit_rows,

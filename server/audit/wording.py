@@ -9,12 +9,18 @@ from typing import Literal, assert_never
 
 from common.evidence.predicate import CohortEpsilon, Outcome
 from common.measure.intervals import Interval
+from common.privacy import accounting
+from common.privacy.noise_grid import noise_statement
+from common.privacy.rule import feasibility_text, noise_to_signal
 from common.protocol.messages import SegmenterSource
 from server.audit.facts import ReportFacts
 from server.audit.result import AuditResult, EndpointResult
+from server.federation_epsilon import federation_text
+from server.published import README, by_unit, by_unit_text
 
 Stated = float | Literal["infinite"]
 
+PAPER_PATCHES = README.patches_per_patient  # of a patient in the publication
 WEAK_PROOF = 3.0  # above this, the proof alone leaves an attacker most of the certainty there is to gain
 
 
@@ -69,9 +75,10 @@ def headline(facts: ReportFacts) -> Headline:
 def statements(facts: ReportFacts) -> tuple[Statement, ...]:
     """The plain-language summary: what left, what is proven, tried, visible, and what it is good for."""
     sites = len(facts.decision.sites)
+    sums = ", one sum of measurements" if facts.plan.warm_up else ""
     left = (
         f"{_count(sites, 'hospital')} trained one generator together. Scans, labels and the networks that looked at "
-        "them stayed in the hospitals. What left were the generator's weights and a few counts with noise added."
+        f"them stayed in the hospitals. What left were the generator's weights{sums} and a few counts with noise added."
     )
     return (
         Statement(topic="What left the hospitals", text=left),
@@ -79,6 +86,42 @@ def statements(facts: ReportFacts) -> tuple[Statement, ...]:
         *_audited(facts),
         *_useful(facts),
     )
+
+
+def warm_up_text(facts: ReportFacts) -> str | None:
+    """What was released before training, and its share of epsilon; None for a study without a warm-up."""
+    plan, settings = facts.plan, facts.study.warm_up
+    if plan.warm_up is None or settings is None:
+        return None
+    spent = accounting.epsilon([plan.warm_up], plan.delta).upper
+    cost = (
+        "without noise, so without a guarantee"
+        if math.isinf(spent)
+        else f"noise multiplier {plan.warm_up.noise_multiplier:.4g}, epsilon {spent:.2f} by itself, included above"
+    )
+    return (
+        "before training each hospital released once the sum, over its used patients, of "
+        f"{settings.features(len(facts.study.labels))} measurements fixed by the study (grey values around each label "
+        f"and sizes of labels); one patient's vector clipped to 1; {cost}. The public start was fitted to it."
+    )
+
+
+def guarantee(facts: ReportFacts) -> tuple[Statement, ...]:
+    """Whose epsilon is whose, what the noise is made of, and what so much noise lets one expect."""
+    plan, training = facts.plan, facts.study.training
+    found = []
+    if facts.federation is not None:
+        found.append(Statement(topic="Federation", text=federation_text(facts.federation)))
+    if plan.mechanism.noise_multiplier > 0:
+        noise = noise_statement(parameters=facts.critic_parameters, steps=plan.mechanism.steps, delta=plan.delta)
+        rho = noise_to_signal(plan, facts.critic_parameters)
+        expected = feasibility_text(rho, warm_start=facts.study.warm_start.steps > 0)
+        found.append(Statement(topic="Noise", text=noise.removeprefix("Noise: ")))
+        found.append(Statement(topic="What to expect", text=expected))
+    if training.mode == "paper":
+        units = by_unit(plan, patches_per_patient=PAPER_PATCHES)
+        found.append(Statement(topic="Paper mode", text=by_unit_text(units).removeprefix("Paper mode. ")))
+    return tuple(found)
 
 
 def largest_epsilon(facts: ReportFacts) -> Stated:
@@ -122,7 +165,6 @@ def not_covered(facts: ReportFacts) -> tuple[str, ...]:
         "for them the epsilons add up.",
         "Choices that people made by looking at these patients outside the ledger, such as tuning on them beforehand.",
         "What an insider of a hospital sees on its own machines, and software there that is not the approved one.",
-        "Noise is drawn in floating-point arithmetic; attacks on its lowest bits are not excluded for training.",
     )
     if facts.decision.simulated:
         return ("Anybody who knows the seed: this run was simulated, and its noise can be computed again.", *general)

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Protocol, assert_never
 
 from common.privacy.accounting import Epsilon, epsilon, epsilon_rdp
-from common.privacy.mechanism import DpSgd, ExactAnswer, Mechanism, NoisedCounts, Plan
+from common.privacy.mechanism import DpSgd, ExactAnswer, GaussianRelease, Mechanism, NoisedCounts, Plan
 from common.protocol.messages import EnrolReply, StatementReply
 from common.settings.load import study_digest
 from common.settings.study import AuditSettings, ReleaseSettings, Study
@@ -43,10 +43,14 @@ class Spending:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteStatement:
-    """What one site said at enrolment and at the end. rounds: how many of its replies entered the average."""
+    """What one site said at enrolment and at the end.
+
+    rounds: how many of its replies entered the average. released: whether its warm-up was used.
+    """
 
     study_digest: str
     rounds: int
+    released: bool = False
     members: Spending
     nonmembers: Spending
     holdout_commitment: str
@@ -56,17 +60,20 @@ class SiteStatement:
     simulated: bool
 
     @classmethod
-    def of(cls, *, enrolled: EnrolReply, stated: StatementReply, rounds: int, delta: float) -> SiteStatement:
+    def of(
+        cls, *, enrolled: EnrolReply, stated: StatementReply, rounds: int, delta: float, released: bool = False
+    ) -> SiteStatement:
         """From a site's own replies. delta: the study's."""
         return cls(
             study_digest=stated.study_digest,
             rounds=rounds,
+            released=released,
             members=Spending(mechanisms=stated.members, delta=delta),
             nonmembers=Spending(mechanisms=stated.nonmembers, delta=delta),
             holdout_commitment=enrolled.holdout_commitment,
             policy_digest=enrolled.policy_digest,
             code_digest=enrolled.code_digest,
-            ledger_head=stated.ledger_head,
+            ledger_head=stated.ledger_head.hash,
             simulated=enrolled.simulated,
         )
 
@@ -160,6 +167,8 @@ class SitesStated:
 
     def objections(self, evidence: ReleaseEvidence) -> Iterator[Objection]:
         """A missing statement cannot be judged; one that contradicts the plan is refused."""
+        if (evidence.study.warm_up is None) != (evidence.plan.warm_up is None):
+            yield _refuse("the plan and the study differ about a warm-up")
         for site in sorted(set(evidence.sites)):
             statement = evidence.statements.get(site)
             if statement is None:
@@ -168,6 +177,7 @@ class SitesStated:
             if statement.study_digest != evidence.study_digest:
                 yield _refuse(f"{site} made its statement about another study")
             yield from _training_objections(site, statement, evidence.plan)
+            yield from _warm_up_objections(site, statement, evidence.plan)
             yield from _answer_objections(site, statement, evidence.audit)
             for cohort, spending in _cohorts(statement):
                 yield from _accounting_objections(f"{site} {cohort}", spending, evidence.study.privacy.delta)
@@ -188,6 +198,8 @@ class NotResearch:
                 for mechanism in spending.mechanisms:
                     if isinstance(mechanism, ExactAnswer):
                         yield _refuse(f"{site} answered {mechanism.question!r} about its {cohort} without noise")
+                    elif isinstance(mechanism, GaussianRelease) and mechanism.noise_multiplier == 0:
+                        yield _refuse(f"{site} released a sum over its {cohort} without noise")
                     elif isinstance(mechanism, DpSgd) and mechanism.noise_multiplier == 0 and mechanism.steps:
                         yield _refuse(f"{site} trained on its {cohort} without noise")
 
@@ -329,6 +341,17 @@ def _training_objections(site: str, statement: SiteStatement, plan: Plan) -> Ite
         yield _refuse(f"{site} states {steps} training steps, but its replies took {used}")
     if any(isinstance(mechanism, DpSgd) for mechanism in statement.nonmembers.mechanisms):
         yield _refuse(f"{site} trained on patients that it held out")
+
+
+def _warm_up_objections(site: str, statement: SiteStatement, plan: Plan) -> Iterator[Objection]:
+    """The ledger's warm-up must be the plan's, and be there if the coordinator used it."""
+    stated = [m for m in statement.members.mechanisms if isinstance(m, GaussianRelease)]
+    if any(mechanism != plan.warm_up for mechanism in stated):
+        yield _refuse(f"{site} made another warm-up release than the plan's")
+    if statement.released and not stated:
+        yield _refuse(f"{site} states no warm-up release, but its sums were used")
+    if any(isinstance(mechanism, GaussianRelease) for mechanism in statement.nonmembers.mechanisms):
+        yield _refuse(f"{site} made a warm-up release of patients that it held out")
 
 
 def _answer_objections(site: str, statement: SiteStatement, audit: AuditResult | None) -> Iterator[Objection]:

@@ -13,7 +13,7 @@ PACKAGES = ("common", "client", "server")
 HEAVY = {
     "flwr": {"client/app.py", "common/protocol/codec.py", "server/app.py", "server/simulate.py", "server/sites.py"},
     "nibabel": {"common/volume/nifti.py"},
-    "opacus": {"common/privacy/accounting.py"},
+    "opacus": {"client/training/clipping/opacus_samplers.py", "common/privacy/accounting.py"},
     "prometheus_client": {"common/telemetry/metrics.py"},
     "monai": {"common/measure/segmentation.py"},
     "matplotlib": {"server/audit/figures.py"},
@@ -23,7 +23,9 @@ SECOND_CUSTOMER_TO_COME = {
     "common.measure.intervals": "sites state their own bounds (mechanism audit)",
     "common.measure.membership": "sites audit somebody else's synthetic set on their own",
     "common.privacy.calibration": "a site's ledger answers what-if questions with the same rule",
-    "common.privacy.ledger": "the coordinator co-signs the ledger's head",
+    "common.privacy.ledger": "an auditor verifies a ledger that a hospital shows",
+    "common.privacy.ledger_file": "goes with the ledger",
+    "common.privacy.ledger_rows": "goes with the ledger",
     "common.protocol.manifest": "the site-owned runner and the coordinator check the same manifest",
     "common.telemetry.logs": "the site's runner writes the same JSON log",
     "common.telemetry.metrics": "the site's runner serves the same metrics",
@@ -80,7 +82,9 @@ def test_a_module_is_in_common_only_when_both_sides_need_it() -> None:
     users: dict[str, set[str]] = {}
     graph = {name(p).removesuffix(".py").replace("/", "."): set(imports(p)) for p in modules()}
     declared = (ROOT / "pyproject.toml").read_text()
-    for module in [m for m in graph if m.startswith("common.") and not m.endswith("__init__")]:
+    # Alembic finds the ledger's migrations by their folder; nobody imports them.
+    named = [m for m in graph if m.startswith("common.") and ".migrations." not in m and not m.endswith("__init__")]
+    for module in named:
         if f'"{module}:' in declared:
             users[module] = {"client", "server"}
             continue

@@ -16,6 +16,7 @@ from tests.benchmarks.options import ROOT, STUDIES, Options
 from tests.benchmarks.report import markdown, write_results
 
 BENCHMARKS = {
+    "accountants": "epsilon by several accountants, the noise that targets need, and the published example",
     "simulation": "what the in-process federation costs beyond the sites' training",
     "utility": "Dice on real held-out patients of segmenters trained on synthetic scans, and of peers",
 }

@@ -9,17 +9,23 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
+import client
 import common
 import server
 from client.cohort import Cohort
 from client.store import SiteStore
 from common.errors import Unreachable
 from common.evidence.chain import EvidenceChain
+from common.evidence.signing import create_signing_key
 from common.generator.network import read_weights, save_weights
-from common.privacy.calibration import calibrate
+from common.generator.weights import Weights
+from common.privacy.calibration import plan_of
+from common.privacy.ledger_witness import public_hex
 from common.settings.load import study_digest
 from common.settings.site import load_site
 from common.settings.study import Study
@@ -38,6 +44,7 @@ from server.seeds import derive
 from server.simulate import LocalGrid
 from server.simulated_sites import Cohorts, plan_sites, write_sites
 from server.sites import GridSites
+from server.warm_up import WARM_UP_RECORD, warm_up
 
 PROGRESS_EVERY_S = 10.0
 
@@ -80,12 +87,13 @@ def enrolled_run(
         study_digest=study_digest(study),
     )
     run = RunFolder.create_or_resume(folder, study, facts)
-    write_sites(run, settings, study, calibrate(study.privacy, study.training), utc_now())
+    write_sites(run, settings, study, plan_of(study), utc_now())
     enrolment = enrol(
         study,
         _grid_sites(run, observer),
         public_generator=public.generator,
         public_critic=public.critic,
+        coordinator_key=public_hex(create_signing_key(run.auditor_key)),
         chain=EvidenceChain(run.evidence),
         now=utc_now,
     )
@@ -106,7 +114,7 @@ def training_of(run: RunFolder, *, observer: Observer = ignore) -> TrainingCampa
     return TrainingCampaign(
         study=study,
         study_digest=digest,
-        plan=calibrate(study.privacy, study.training),
+        plan=plan_of(study),
         participants=names,
         site_weights=dict.fromkeys(names, EQUAL_WEIGHT),
         sites=_grid_sites(run, observer),
@@ -115,6 +123,25 @@ def training_of(run: RunFolder, *, observer: Observer = ignore) -> TrainingCampa
         observer=fan_out(events_file(run.events, utc_now), metrics_file(run.metrics), observer),
         now=utc_now,
     )
+
+
+def warmed_up(run: RunFolder, public: WarmStart, *, observer: Observer = ignore) -> Weights:
+    """What training begins with: the public start, fitted to the hospitals' warm-up where the study has one."""
+    campaign = training_of(run, observer=observer)
+    if campaign.plan.warm_up is None:
+        return public.generator
+    return warm_up(
+        campaign.study,
+        campaign.plan,
+        campaign.sites,
+        run.warm_up,
+        participants=campaign.participants,
+        start=public.generator,
+        seed=derive(run.facts.seed, WARM_UP_RECORD),
+        chain=campaign.chain,
+        observer=campaign.observer,
+        now=utc_now,
+    ).generator
 
 
 def cohorts_of(run: RunFolder) -> dict[str, Cohort]:
@@ -139,6 +166,7 @@ def public_start(study: Study, *, seed: int, cache: Path | None = None, observer
 
 # What of a study's training only matters once real patients come in.
 _NOT_IN_WARM_START = {"rounds", "critic_steps_per_round", "views_per_patient"}
+_WARM_START_PACKAGES = ("adversary", "generator", "phantom", "volume")
 
 
 def _warm_start_key(study: Study, seed: int) -> str:
@@ -150,9 +178,25 @@ def _warm_start_key(study: Study, seed: int) -> str:
     }
     h = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     shared = Path(common.__path__[0])
-    sources = [Path(server.__path__[0]) / "pretrain.py"]
-    for package in ("adversary", "generator", "phantom", "volume"):
-        sources += sorted((shared / package).glob("*.py"))
+    return _with_sources(h, [Path(server.__path__[0]) / "pretrain.py", *_modules(shared, _WARM_START_PACKAGES)])
+
+
+@cache
+def source_digest() -> str:
+    """Digest of all code that a trained and measured generator depends on, but for the public start's own key."""
+    sites, coordinator = Path(client.__path__[0]), Path(server.__path__[0])
+    shared = _modules(Path(common.__path__[0]), (*_WARM_START_PACKAGES, "measure", "privacy"))
+    trained = [*sorted((sites / "training").rglob("*.py")), sites / "cohort.py", sites / "randomness.py"]
+    return _with_sources(
+        hashlib.sha256(), [*shared, *trained, coordinator / "round.py", coordinator / "aggregation.py"]
+    )
+
+
+def _modules(root: Path, packages: Sequence[str]) -> list[Path]:
+    return [path for package in packages for path in sorted((root / package).glob("*.py"))]
+
+
+def _with_sources(h: hashlib._Hash, sources: Sequence[Path]) -> str:
     for source in sources:
         h.update(source.read_bytes())
     return h.hexdigest()[:24]

@@ -7,8 +7,10 @@ from pathlib import Path
 from common.settings.load import load_study
 from common.settings.study import GridSettings, Study
 
+StudyPair = tuple[str, str]  # with privacy, and without: the ceiling it is compared with
 PRIVATE = "hippocampus.yaml"
-RESEARCH = "hippocampus-research.yaml"
+HIPPOCAMPUS_STUDIES: StudyPair = (PRIVATE, "hippocampus-research.yaml")
+TOF_MRA_STUDIES: StudyPair = ("tof-mra.yaml", "tof-mra-research.yaml")
 QUICK_PATIENTS = 20
 
 

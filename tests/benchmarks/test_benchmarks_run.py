@@ -63,6 +63,21 @@ def test_utility_puts_synthetic_beside_real_and_phantom(tmp_path: Path, capsys: 
     assert "phantoms only" in capsys.readouterr().err
 
 
+def test_accountants_agree_and_the_published_example_is_what_it_is(tmp_path: Path) -> None:
+    rows = results("accountants", tmp_path)
+    inside = [row["value"] for row in rows if row["metric"] == "inside_our_bounds"]
+    assert inside == [1.0, 1.0]
+    values = {(row["case"][:12], row["method"]): row["value"] for row in rows if row["metric"] == "epsilon"}
+    assert values["200 patients", "consilium"] <= values["200 patients", "consilium RDP"]
+    assert values["200 patients", "Opacus PRV"] == pytest.approx(values["200 patients", "consilium"], abs=0.021)
+    paper = {(row["method"], row["metric"]): row["value"] for row in rows if row["case"].startswith("published")}
+    assert paper["accounted by patch", "epsilon_as_printed"] == pytest.approx(3.6, abs=0.05)
+    assert paper["accounted by patch", "epsilon_as_executed"] == pytest.approx(14.9, abs=0.1)
+    assert paper["accounted by patient", "epsilon_as_executed"] > 1e5
+    sigma = [row for row in rows if row["metric"] == "sigma"]
+    assert [row["value"] for row in sigma] == pytest.approx([4.20, 3.42], abs=0.005)
+
+
 def test_an_unknown_name_is_wrong_usage_and_names_what_there_is() -> None:
     command = [sys.executable, "-m", "tests.benchmarks", "simulatoin"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,275 +1,336 @@
-"""How useful synthetic scans are: train a segmenter on them, test it on real patients nobody trained on.
+"""How useful synthetic scans are under differential privacy: train a segmenter on them, test it on real patients.
 
-Three hospitals share the patients and hold some out, as sites always do. The same hospitals train one generator
-without privacy and one with (the two study files), by the campaign's own functions: warm start, enrolment, rounds
-through the in-process Grid. Then segmenters of equal training steps are tested on the same held-out patients:
+Three hospitals of about 46 patients each hold some out, as sites always do, and train one generator together by the
+campaign's own functions: public start, enrolment, warm-up release, rounds through the in-process Grid. This is done at
+every epsilon of the published curve, with and without the public start, and each time from several seeds. Then
+segmenters of equal training steps are tested on the same held-out patients:
 
-- `consilium`: trained on the generators' volumes;
+- `consilium`: trained on the generator's volumes;
 - `train-on-real`: trained on the members of all three hospitals together, which no hospital alone could do;
-- `train-on-phantom`: trained on public phantoms, which needs no hospital.
+- `train-on-phantom`: trained on public phantoms, which needs no hospital;
+- `public start alone`: trained on volumes of the generator that every hospital starts from.
 
-`dice`: mean over labels, a patient's scans, segmenter seeds and patients. low, high: 95 % bootstrap over the held-out
-patients, the same draws for every row, so that differences and ratios are paired. The interval does not
-cover another training of the generator: one seed trains it.
+`dice`: mean over labels, a patient's scans, held-out patients and seeds; a seed draws hold-outs, public start, every
+hospital's randomness and the segmenter. low, high: 95 % bootstrap over seeds and, within a seed, over held-out
+patients, the same draws for every row, so that ratios are paired. What was measured is kept in the cache, so that a
+run that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import SettingsError
 from common.generator.network import generator_from
 from common.generator.sampling import sample_pairs
 from common.generator.weights import Weights
 from common.measure.segmentation import dice_per_patient, train_segmenter
-from common.privacy.accounting import epsilon
-from common.privacy.mechanism import Plan
+from common.phantom.draw import public_phantoms
+from common.settings.load import study_digest
 from common.settings.study import Study
-from common.telemetry.events import Observer, ignore
-from server.pretrain import public_phantoms
 from server.round import hold_rounds
 from server.seeds import derive
 from server.simulated_sites import Cohorts
-from tests.benchmarks.hospitals import cohorts_of, enrolled_run, progress, public_start, say, training_of
+from tests.benchmarks.hospitals import (
+    cohorts_of,
+    enrolled_run,
+    public_start,
+    say,
+    source_digest,
+    training_of,
+    warmed_up,
+)
 from tests.benchmarks.options import DATA_VARIABLE, HIPPOCAMPUS, Options, data_folder, hippocampus
-from tests.benchmarks.report import OURS, Row, bounds, resampled
-from tests.benchmarks.studies import PRIVATE, QUICK_PATIENTS, RESEARCH, shipped
+from tests.benchmarks.report import OURS, RESAMPLES, Row, bounds
+from tests.benchmarks.studies import HIPPOCAMPUS_STUDIES, QUICK_PATIENTS, TOF_MRA_STUDIES, StudyPair, shipped
 
 SITES = 3
-SEED = 0  # of hold-outs, warm start and generators; segmenters have their own
-PHANTOM_PATIENTS = 50  # a site's, where there are no real ones
-REAL, PHANTOM, START = "train-on-real", "train-on-phantom", "public warm start alone"
+PHANTOM_PATIENTS = 46  # a site's, as many as there are real ones
+CURVE = (1.0, 3.0, 5.0, 7.4, None)  # epsilon of training and warm-up release for each patient; None is no noise
+QUICK_CURVE = (7.4, None)
+PAPER_EPSILON = 7.4  # where the published system, which counts patches, keeps 0.89 of its Dice without privacy
+REAL, PHANTOM, START = PEERS = ("train-on-real", "train-on-phantom", "public start alone")
 
 Pairs = NDArray[np.floating]
-Statistic = Callable[[NDArray[np.int64]], NDArray[np.float64]]
+Dice = NDArray[np.float64]
+Draw = Sequence[tuple[int, NDArray[np.int64]]]  # a seed, and patients of it
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TrainedFederation:
-    """A study's generator as the campaign would audit it, and the patients of all its hospitals.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One segmenter: trained on what `method` says, tested on the held-out patients of `seed`.
 
-    members, heldout: (N, 1+K, D, H, W) float16, every scan of every such patient. patients: whose scan each row of
-    `heldout` is, as 0, 1, ...; training_patients: how many patients `members` are.
-    start: the public generator that training began with.
+    data: folder of scans shared out by patient; None gives each hospital `phantoms` phantom patients.
     """
 
+    case: str
+    method: str
     study: Study
-    plan: Plan
-    generator: Weights
-    start: Weights
-    members: Pairs
-    heldout: Pairs
-    patients: NDArray[np.int64]
-    training_patients: int
+    seed: int
+    data: Path | None
+    phantoms: int
+    cache: Path
 
-    def synthetic(self, weights: Weights | None = None) -> Pairs:
-        """The volumes that the campaign's utility stage draws, of the trained generator or of `weights`."""
-        generator = generator_from(self.study, weights or self.generator)
-        return sample_pairs(generator, seed=derive(SEED, "utility"), first=0, count=self.study.utility.volumes)
-
-
-def train_federation(
-    study: Study,
-    folder: Path,
-    *,
-    data: Path | None,
-    phantoms: int = PHANTOM_PATIENTS,
-    sites: int = SITES,
-    seed: int = SEED,
-    cache: Path | None = None,
-    observer: Observer = ignore,
-) -> TrainedFederation:
-    """Warm start, enrolment and every round of a study, as `consilium simulate` holds them in the new folder `folder`.
-
-    data: folder of scans shared out by patient; None gives each hospital `phantoms` phantom patients. Who is held
-    out depends on `seed`, the patients and the study's hold-out fraction, on nothing else of the study.
-    Raises UsageError and SettingsError as `consilium simulate` does.
-    """
-    public = public_start(study, seed=seed, cache=cache, observer=observer)
-    source = Cohorts(folder=data, sites=sites, phantoms=phantoms)
-    run = enrolled_run(study, source, folder, seed=seed, public=public, observer=observer)
-    campaign = training_of(run, observer=observer)
-    last = hold_rounds(campaign, public.generator)
-    cohorts = cohorts_of(run).values()
-    heldout = [cohort.scans(patient) for cohort in cohorts for patient in cohort.nonmembers]
-    members = [cohort.scans(patient) for cohort in cohorts for patient in cohort.members]
-    return TrainedFederation(
-        study=study,
-        plan=campaign.plan,
-        generator=last.average,
-        start=public.generator,
-        members=np.concatenate(members),
-        heldout=np.concatenate(heldout),
-        patients=np.repeat(np.arange(len(heldout)), [len(scans) for scans in heldout]),
-        training_patients=len(members),
-    )
-
-
-def dice_of_patients(
-    pairs: Pairs, trained: TrainedFederation, *, seeds: int, observer: Observer = ignore
-) -> NDArray[np.float64]:
-    """(patients,) Dice of segmenters trained on `pairs`, tested on the held-out patients of `trained`.
-
-    Mean over labels, over a patient's scans, and over segmenters of seeds 0 .. seeds-1.
-    """
-    study = trained.study
-    labels = len(study.labels)
-    by_scan = np.zeros(len(trained.heldout))
-    for seed in range(seeds):
-        segmenter = train_segmenter(
-            pairs, labels=labels, steps=study.utility.training_steps, seed=seed, observer=observer
-        )
-        by_scan += dice_per_patient(segmenter, trained.heldout, labels=labels).mean(axis=1) / seeds
-    scans = np.bincount(trained.patients)
-    mean: NDArray[np.float64] = np.bincount(trained.patients, weights=by_scan) / scans
-    return mean
+    @property
+    def stored(self) -> Path:
+        """Where the result is kept; a change of the study or of any code that matters gives another name."""
+        facts = [self.method, study_digest(self.study), self.seed, str(self.data), self.phantoms, source_digest()]
+        return self.cache / f"dice-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.npy"
 
 
 def run(options: Options) -> list[Row]:
-    """Train both studies, measure all methods. Raises SettingsError when the two studies cannot be compared."""
+    """Measure every case; the rows of one case stand together."""
+    if options.cache is not None:
+        return _run(options, options.cache)
+    with TemporaryDirectory(prefix="consilium-bench-") as temporary:
+        return _run(options, Path(temporary))
+
+
+def _run(options: Options, cache: Path) -> list[Row]:
+    cache.mkdir(parents=True, exist_ok=True)
+    curve = QUICK_CURVE if options.quick else CURVE
+    jobs = {key: job for case in _cases(options, cache) for key, job in case.jobs(curve, options.seeds)}
+    waiting = [job for job in jobs.values() if not job.stored.exists()]
+    say(f"utility: {len(jobs)} segmenters, {len(waiting)} of them to be trained")
+    if options.quick:
+        for job in waiting:
+            measure(job)
+    else:
+        _measure_side_by_side(waiting)
+    dice = {key: np.load(job.stored) for key, job in jobs.items()}
+    return [row for name in dict.fromkeys(key.case for key in jobs) for row in _rows(name, dice, curve, options.seeds)]
+
+
+def _measure_side_by_side(jobs: Sequence[Job]) -> None:
+    """One process with one thread for each core: several small trainings at once are quicker than one on all cores."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the new processes when they start
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for job, mean in zip(jobs, pool.map(measure, jobs), strict=True):
+            say(f"  {job.case}, {job.method}, seed {job.seed}: Dice {mean:.4f}")
+
+
+def measure(job: Job) -> float:
+    """Do the job and store the (patients,) Dice of its held-out patients; returns their mean."""
+    with TemporaryDirectory(prefix="consilium-bench-") as temporary:
+        federation = Federation.of(job, Path(temporary) / "run")
+        study = job.study
+        segmenter = train_segmenter(
+            federation.training_pairs(job.method),
+            labels=len(study.labels),
+            steps=study.utility.training_steps,
+            seed=job.seed,
+        )
+        by_scan = dice_per_patient(segmenter, federation.heldout, labels=len(study.labels)).mean(axis=1)
+    patients = federation.patients
+    dice = np.bincount(patients, weights=by_scan) / np.bincount(patients)
+    partial = job.stored.with_suffix(f".{os.getpid()}.npy")
+    np.save(partial, dice)
+    partial.replace(job.stored)
+    return float(dice.mean())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Federation:
+    """The hospitals of one job.
+
+    start: the public generator. trained: the generator after the last round, None where the method needs none.
+    members, heldout: (N, 1+K, D, H, W) float16, every scan of every such patient. patients: whose scan each row of
+    `heldout` is, as 0, 1, ...
+    """
+
+    study: Study
+    seed: int
+    start: Weights
+    trained: Weights | None
+    members: Pairs
+    heldout: Pairs
+    patients: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, job: Job, folder: Path) -> Federation:
+        """Enrol the hospitals, and train where the method asks for it."""
+        public = public_start(job.study, seed=job.seed, cache=job.cache)
+        source = Cohorts(folder=job.data, sites=SITES, phantoms=job.phantoms)
+        run = enrolled_run(job.study, source, folder, seed=job.seed, public=public)
+        trained = None
+        if job.method.startswith(OURS):
+            trained = hold_rounds(training_of(run), warmed_up(run, public)).average
+        cohorts = cohorts_of(run).values()
+        heldout = [cohort.scans(patient) for cohort in cohorts for patient in cohort.nonmembers]
+        return cls(
+            study=job.study,
+            seed=job.seed,
+            start=public.generator,
+            trained=trained,
+            members=np.concatenate([cohort.scans(patient) for cohort in cohorts for patient in cohort.members]),
+            heldout=np.concatenate(heldout),
+            patients=np.repeat(np.arange(len(heldout)), [len(scans) for scans in heldout]),
+        )
+
+    def training_pairs(self, method: str) -> Pairs:
+        """What the segmenter of `method` is trained on."""
+        volumes = self.study.utility.volumes
+        if method == REAL:
+            return self.members
+        if method == PHANTOM:
+            return public_phantoms(self.study, derive(self.seed, "utility phantoms"), volumes)
+        generator = generator_from(self.study, self.trained or self.start)
+        return sample_pairs(generator, seed=derive(self.seed, "utility"), first=0, count=volumes)
+
+
+# --- cases and their jobs --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Key:
+    """Which curve a result belongs to. epsilon, warm: of our generators; None and True for the peers."""
+
+    case: str
+    method: str
+    epsilon: float | None
+    warm: bool
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kind of scans: the private study, the research study without noise, and where patients come from."""
+
+    name: str
+    private: Study
+    research: Study
+    data: Path | None
+    phantoms: int
+    cache: Path
+
+    def jobs(self, curve: Sequence[float | None], seeds: int) -> Iterator[tuple[Key, Job]]:
+        """Peers once a seed, ours at every epsilon with and without the public start."""
+        for seed in range(seeds):
+            for method in PEERS:
+                yield Key(self.name, method, None, True, seed), self._job(method, self.private, seed)
+            for warm in (True, False):
+                for epsilon in curve:
+                    yield Key(self.name, OURS, epsilon, warm, seed), self._job(OURS, self._study(epsilon, warm), seed)
+
+    def _job(self, method: str, study: Study, seed: int) -> Job:
+        return Job(
+            case=f"{self.name}, {study.study}",
+            method=method,
+            study=study,
+            seed=seed,
+            data=self.data,
+            phantoms=self.phantoms,
+            cache=self.cache,
+        )
+
+    def _study(self, epsilon: float | None, warm: bool) -> Study:
+        """The study at this epsilon; without the public start both networks begin at random, with no warm-up."""
+        study = self.research if epsilon is None else self.private
+        privacy = study.privacy.model_copy(update={"target_epsilon": epsilon, "epsilon_cap": 20.0})
+        name = f"{study.study}-{'no-noise' if epsilon is None else f'{epsilon:g}'.replace('.', 'p')}"
+        if warm:
+            return study.model_copy(update={"study": name, "privacy": privacy})
+        cold = study.warm_start.model_copy(update={"steps": 0})
+        return study.model_copy(
+            update={"study": f"{name}-cold", "privacy": privacy, "warm_start": cold, "warm_up": None}
+        )
+
+
+def _cases(options: Options, cache: Path) -> list[Case]:
+    patients = QUICK_PATIENTS if options.quick else PHANTOM_PATIENTS
     data = None if options.quick else hippocampus()
     if data is None:
         say(
             "utility: phantoms only, in place of real scans: they were not asked for, or "
             f"{data_folder() / HIPPOCAMPUS} is absent ({DATA_VARIABLE} names another folder)"
         )
-    observer = progress()
-    studies = [shipped(name, folder=options.studies, quick=options.quick) for name in (RESEARCH, PRIVATE)]
-    _comparable(*studies)
-    trained = []
-    with TemporaryDirectory(prefix="consilium-bench-") as temporary:
-        for study in studies:
-            say(f"utility: training {study.study}")
-            trained.append(
-                train_federation(
-                    study,
-                    Path(temporary) / study.study,
-                    data=data,
-                    phantoms=QUICK_PATIENTS if options.quick else PHANTOM_PATIENTS,
-                    cache=options.cache,
-                    observer=observer,
-                )
-            )
-    research, private = trained
-    if not np.array_equal(research.heldout, private.heldout):
-        raise SettingsError("the two studies hold out other patients; nothing was measured. Prepare both alike.")
-    dice = _measured(research, private, seeds=options.seeds, observer=observer)
-    return _rows(_case(private, data, options.seeds), private, dice)
+
+    def case(name: str, pair: StudyPair, folder: Path | None) -> Case:
+        private, research = (shipped(file, folder=options.studies, quick=options.quick) for file in pair)
+        shape = "x".join(map(str, private.grid.shape))
+        return Case(
+            name=f"{name}, {shape}, {SITES} sites",
+            private=private,
+            research=research,
+            data=folder,
+            phantoms=patients,
+            cache=cache,
+        )
+
+    whose = "hippocampus MRI" if data else "hippocampus phantoms in place of real scans"
+    return [case(whose, HIPPOCAMPUS_STUDIES, data), case("TOF-MRA phantoms", TOF_MRA_STUDIES, None)]
+
+
+# --- rows --------------------------------------------------------------------------------------------
+
+
+def _rows(case: str, dice: Mapping[Key, Dice], curve: Sequence[float | None], seeds: int) -> list[Row]:
+    """The curve, the peers, then what privacy costs and what it is compared with."""
+
+    def of(method: str, epsilon: float | None = None, warm: bool = True) -> Curve:
+        key = Key(case, method, epsilon, warm, 0)
+        return Curve(name=f"{case}, {_words(epsilon, warm)}", dice=[dice[replace(key, seed=s)] for s in range(seeds)])
+
+    draws = _draws([len(values) for values in of(REAL).dice])
+    patients = sum(len(values) for values in of(REAL).dice)
+
+    def row(curve: Curve, metric: str, *, method: str = OURS, against: Curve | None = None, ratio: bool = False) -> Row:
+        value, spread = curve.mean, curve.spread(draws)
+        if against is not None:
+            other = against.spread(draws)
+            value = value / against.mean if ratio else value - against.mean
+            spread = spread / other if ratio else spread - other
+        low, high = bounds(spread)
+        name = curve.name if method == OURS else case
+        unit = "ratio" if ratio else "dice"
+        return Row(case=name, method=method, metric=metric, value=value, low=low, high=high, unit=unit, n=patients)
+
+    rows = [row(of(OURS, epsilon, warm), "dice") for warm in (True, False) for epsilon in curve]
+    rows += [row(of(method), "dice", method=method) for method in PEERS]
+    for warm in (True, False):
+        for epsilon in (e for e in curve if e is not None):
+            none = of(OURS, None, warm)
+            rows.append(row(of(OURS, epsilon, warm), f"dice_ratio_eps{epsilon:g}", against=none, ratio=True))
+    for epsilon in (PAPER_EPSILON, None):
+        rows += [row(of(OURS, epsilon), f"dice_minus_{peer.replace(' ', '-')}", against=of(peer)) for peer in PEERS]
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Dice:
-    """(patients,) Dice of each method on the same held-out patients."""
+class Curve:
+    """One point of a curve. dice: (patients,) of each seed."""
 
-    research: NDArray[np.float64]
-    private: NDArray[np.float64]
-    real: NDArray[np.float64]
-    phantom: NDArray[np.float64]
-    start: NDArray[np.float64]
+    name: str
+    dice: Sequence[Dice]
 
+    @property
+    def mean(self) -> float:
+        """Over seeds and patients."""
+        return float(np.mean([values.mean() for values in self.dice]))
 
-def _measured(research: TrainedFederation, private: TrainedFederation, *, seeds: int, observer: Observer) -> Dice:
-    phantoms = public_phantoms(private.study, derive(SEED, "utility phantoms"), private.study.utility.volumes)
-
-    def measure(what: str, pairs: Pairs) -> NDArray[np.float64]:
-        values = dice_of_patients(pairs, private, seeds=seeds, observer=observer)
-        say(f"utility: {what}: Dice {values.mean():.4f}")
-        return values
-
-    return Dice(
-        real=measure(REAL, private.members),
-        phantom=measure(PHANTOM, phantoms),
-        start=measure(START, private.synthetic(private.start)),
-        research=measure("synthetic, no DP", research.synthetic()),
-        private=measure(f"synthetic, {_privacy(private.study)}", private.synthetic()),
-    )
+    def spread(self, draws: Sequence[Draw]) -> NDArray[np.float64]:
+        """(draws,) means over the drawn seeds and patients."""
+        return np.array([np.mean([self.dice[s][index].mean() for s, index in draw]) for draw in draws])
 
 
-def _rows(case: str, private: TrainedFederation, dice: Dice) -> list[Row]:
-    """Every method's Dice, then the differences that the targets are about, then what privacy costs."""
-    ours = {f"{case}, no DP": dice.research, f"{case}, {_privacy(private.study)}": dice.private}
-    n = len(dice.real)
-    draws = resampled(n)
-
-    def row(name: str, method: str, metric: str, unit: str, statistic: Statistic) -> Row:
-        """statistic: (draws, patients) row indices -> (draws,) values."""
-        low, high = bounds(statistic(draws))
-        value = float(statistic(np.arange(n, dtype=np.int64)[None])[0])
-        return Row(case=name, method=method, metric=metric, value=value, low=low, high=high, unit=unit, n=n)
-
-    def mean(values: NDArray[np.float64]) -> Statistic:
-        return lambda index: values[index].mean(axis=1)
-
-    rows = [row(name, OURS, "dice", "dice", mean(values)) for name, values in ours.items()]
-    rows.append(row(case, REAL, "dice", "dice", mean(dice.real)))
-    rows.append(row(case, PHANTOM, "dice", "dice", mean(dice.phantom)))
-    rows.append(row(case, START, "dice", "dice", mean(dice.start)))
-    rows += [row(name, OURS, "dice_gap_to_real", "dice", mean(dice.real - values)) for name, values in ours.items()]
-    rows += [
-        row(name, OURS, "dice_gain_over_phantom", "dice", mean(values - dice.phantom)) for name, values in ours.items()
+def _draws(patients: Sequence[int], *, seed: int = 0) -> list[Draw]:
+    """Bootstrap draws: for each, seeds with replacement and for each of them patients with replacement."""
+    rng = np.random.default_rng(seed)
+    return [
+        [(int(s), rng.integers(0, patients[s], patients[s])) for s in rng.integers(0, len(patients), len(patients))]
+        for _ in range(RESAMPLES // 4)
     ]
-    target = private.study.privacy.target_epsilon
-    rows.append(
-        row(
-            case,
-            OURS,
-            f"dice_ratio_eps{target:g}",
-            "ratio",
-            lambda index: dice.private[index].mean(axis=1) / dice.research[index].mean(axis=1),
-        )
-    )
-    return [*rows, _epsilon_row(case, private)]
 
 
-def _epsilon_row(case: str, private: TrainedFederation) -> Row:
-    """What training has cost each patient of a site; low and high are the accountant's own bounds."""
-    plan = private.plan
-    spent = epsilon([plan.mechanism], plan.delta)
-    return Row(
-        case=f"{case}, {_privacy(private.study)}",
-        method=OURS,
-        metric="training_epsilon",
-        value=spent.value,
-        low=spent.lower,
-        high=spent.upper,
-        unit=f"epsilon at delta {plan.delta:g}",
-        n=private.training_patients,
-    )
-
-
-def _comparable(research: Study, private: Study) -> None:
-    """Raise SettingsError unless only privacy and training differ."""
-    same = ("labels", "grid", "intensity", "utility")
-    other = [name for name in same if getattr(research, name) != getattr(private, name)]
-    if research.audit.holdout_fraction != private.audit.holdout_fraction:
-        other.append("audit.holdout_fraction")
-    if other:
-        raise SettingsError(
-            f"{research.study} and {private.study} differ in {', '.join(other)}: their Dice cannot be compared; "
-            "nothing was measured. Make them equal."
-        )
-    if research.privacy.target_epsilon is not None or private.privacy.target_epsilon is None:
-        raise SettingsError(
-            f"privacy.target_epsilon must be null in {RESEARCH} and a number in {PRIVATE}; nothing was measured."
-        )
-
-
-def _case(trained: TrainedFederation, data: Path | None, seeds: int) -> str:
-    study = trained.study
-    shape = "x".join(map(str, study.grid.shape))
-    heldout = int(trained.patients.max()) + 1
-    whose = data.name if data else "phantoms in place of real scans"
-    return (
-        f"{whose}, {shape}, {SITES} sites, {trained.training_patients} patients to train on, {heldout} held out, "
-        f"{study.utility.training_steps} segmenter steps, {seeds} seeds"
-    )
-
-
-def _privacy(study: Study) -> str:
-    return f"epsilon {study.privacy.target_epsilon:g}"
+def _words(epsilon: float | None, warm: bool) -> str:
+    return f"{'no DP' if epsilon is None else f'epsilon {epsilon:g}'}, {'public start' if warm else 'random start'}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,11 +17,14 @@ from common.adversary.critic import build_critic
 from common.generator.network import build_generator, weights_of
 from common.generator.weights import Weights
 from common.measure.audit_plan import AuditPlan, Group, make_plan
-from common.privacy.ledger import Cohort as LedgerCohort
-from common.privacy.ledger import Ledger, LedgerEntry
+from common.privacy.ledger import Ledger
+from common.privacy.ledger_rows import Cohort as LedgerCohort
+from common.privacy.ledger_rows import LedgerEntry
+from common.privacy.ledger_witness import public_hex
 from common.privacy.mechanism import Plan
 from common.protocol.messages import (
     EnrolOrder,
+    LedgerHead,
     NoisedHistogram,
     ScoreOrder,
     SegmenterSource,
@@ -28,6 +32,7 @@ from common.protocol.messages import (
     TrainOrder,
     UtilityOrder,
     UtilityReply,
+    WarmUpOrder,
 )
 from common.settings.load import study_digest, study_json
 from common.settings.site import OrderKind, PhantomSource, SitePolicy, SiteSettings
@@ -55,6 +60,8 @@ STUDY_DIGEST = study_digest(STUDY)
 GENERATOR = weights_of(build_generator(STUDY))
 CRITIC = weights_of(build_critic(STUDY))
 AUDIT_PLAN = make_plan(STUDY, ("site-1",))
+COORDINATOR = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+HEAD = LedgerHead(rows=7, hash="e" * 64)  # for replies that no site made
 
 
 def plan(study: Study = STUDY, *, noise: float = 3.0) -> Plan:
@@ -73,6 +80,7 @@ def enrol_order(study: Study = STUDY, **changes: object) -> EnrolOrder:
         "study_digest": study_digest(study),
         "public_critic": CRITIC,
         "public_generator": GENERATOR,
+        "coordinator_key": public_hex(COORDINATOR),
     }
     return EnrolOrder(**{**facts, **changes})
 
@@ -88,6 +96,15 @@ def train_order(number: int = 1, **changes: object) -> TrainOrder:
         "deadline_s": 60.0,
     }
     return TrainOrder(**{**facts, **changes})
+
+
+def warm_up_order(study: Study, **changes: object) -> WarmUpOrder:
+    facts = {
+        "study_digest": study_digest(study),
+        "plan": plan(study),
+        "features": study.warm_up.features(len(study.labels)) if study.warm_up else 1,
+    }
+    return WarmUpOrder(**{**facts, **changes})
 
 
 def score_order(**changes: object) -> ScoreOrder:
@@ -153,11 +170,23 @@ class QuickWork:
     kept: list[Mapping[str, Tensor] | None] = field(default_factory=list)
 
     def as_site_work(self) -> SiteWork:
-        return SiteWork(patients=self._patients, train=self._train, score=self._score, utility=self._utility)
+        return SiteWork(
+            patients=self._patients,
+            warm_up=self._warm_up,
+            train=self._train,
+            score=self._score,
+            utility=self._utility,
+        )
 
     def _patients(self, settings: SiteSettings, study: Study, observer: Observer) -> dict[str, NDArray[np.float16]]:
         self.calls.append("patients")
         return {f"p{i:03d}": np.zeros((1, 2, *study.grid.shape), np.float16) for i in range(self.patients)}
+
+    def _warm_up(self, order: WarmUpOrder, task: Task) -> tuple[float, ...]:
+        self.calls.append("warm-up")
+        if self.fails is not None:
+            raise self.fails
+        return tuple(float(value) for value in (task.stream.normal(order.features) * 64).round() / 64)
 
     def _train(
         self, order: TrainOrder, task: Task, kept: Mapping[str, Tensor] | None
@@ -186,7 +215,7 @@ class QuickWork:
             for group in Group
         )
 
-    def _utility(self, order: UtilityOrder, task: Task) -> UtilityReply:
+    def _utility(self, order: UtilityOrder, task: Task, head: LedgerHead) -> UtilityReply:
         self.calls.append(f"utility {order.source}")
         exact = order.source is SegmenterSource.REAL
         return UtilityReply(
@@ -196,6 +225,7 @@ class QuickWork:
             patients=10.0,
             exact=exact,
             epsilon=None if exact else task.study.utility.epsilon_per_answer,
+            ledger_head=head,
         )
 
 
@@ -229,7 +259,7 @@ def open_site(
 
 def spent(folder: Path, cohort: LedgerCohort | None = None) -> tuple[LedgerEntry, ...]:
     """What the site's ledger holds."""
-    return Ledger(folder / "ledger.sqlite", epsilon_cap=1e9, delta=1e-4, research=True).entries(cohort=cohort)
+    return Ledger(folder / "ledger.sqlite").entries(cohort=cohort)
 
 
 def site_log(folder: Path) -> str:

@@ -9,6 +9,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from small_site import (
     CRITIC,
     GENERATOR,
+    HEAD,
     enrol_order,
     nudged,
     policy,
@@ -83,7 +84,7 @@ def test_simulated_training_gives_the_same_bits_at_two_sites_with_one_seed(tmp_p
     for name in ("a", "b"):
         site_file = write_site(tmp_path / name)
         ask(enrol_order(), site_file)
-        replies.append([codec.pack(ask(train_order(number), site_file)) for number in (1, 2)])
+        replies.append([ask(train_order(number), site_file).weights.digest for number in (1, 2)])
     assert replies[0] == replies[1]
 
 
@@ -192,7 +193,13 @@ def test_records_that_are_no_order_are_refused(tmp_path, records):
 def train_reply(**changes: object) -> TrainReply:
     order = train_order()
     weights = nudged(order.weights, 0.1)
-    facts = {"study_digest": order.study_digest, "round": 1, "weights": weights, "weights_digest": weights.digest}
+    facts = {
+        "study_digest": order.study_digest,
+        "round": 1,
+        "weights": weights,
+        "weights_digest": weights.digest,
+        "ledger_head": HEAD,
+    }
     return TrainReply(**{**facts, **changes})
 
 

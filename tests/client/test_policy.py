@@ -4,13 +4,24 @@ from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta, timezone
 
 import pytest
-from small_site import NOW, STUDY, STUDY_DIGEST, enrol_order, plan, policy, statement_order, train_order, utility_order
+from small_site import (
+    NOW,
+    STUDY,
+    STUDY_DIGEST,
+    enrol_order,
+    plan,
+    policy,
+    score_order,
+    statement_order,
+    train_order,
+    utility_order,
+)
 
 from client.policy import check, study_facts
 from common.errors import PolicyRefusal
-from common.privacy.calibration import calibrate
+from common.privacy.calibration import plan_of
 from common.privacy.mechanism import DpSgd, Unit
-from common.protocol.messages import SegmenterSource
+from common.protocol.messages import SegmenterSource, WarmUpOrder
 from common.settings.site import OrderKind, SitePolicy
 from common.settings.study import Study
 
@@ -71,6 +82,23 @@ def test_policy_ends_after_its_last_day_in_utc():
         ask(allowed=allowed, now=datetime(2026, 11, 21, 0, 0, tzinfo=UTC))
 
 
+ORDERS = {
+    OrderKind.ENROL: enrol_order,
+    OrderKind.WARM_UP: lambda: WarmUpOrder(study_digest=STUDY_DIGEST, plan=plan(), features=1),
+    OrderKind.TRAIN: train_order,
+    OrderKind.SCORE: score_order,
+    OrderKind.UTILITY: utility_order,
+    OrderKind.STATEMENT: statement_order,
+}
+
+
+@pytest.mark.parametrize("kind", list(OrderKind))
+def test_a_seeded_site_answers_no_order_where_the_policy_allows_no_simulation(kind):
+    """A seed makes noise repeatable, so every order, the free ones included, is refused."""
+    with pytest.raises(PolicyRefusal, match="randomness is seeded"):
+        ask(ORDERS[kind](), allowed=policy(simulation=False), simulated=True)
+
+
 def test_real_randomness_needs_no_permission():
     ask(allowed=policy(simulation=False), simulated=False)
 
@@ -93,7 +121,7 @@ def test_plan_that_is_not_the_approved_studys_is_refused(changes):
 
 def test_plan_of_the_calibration_is_the_studys():
     study = study_with("privacy", target_epsilon=None)  # no noise: calibrated at once
-    made = calibrate(study.privacy, study.training)
+    made = plan_of(study)
     assert study_facts(study) == {
         "target_epsilon": made.target_epsilon,
         "delta": made.delta,
@@ -102,6 +130,7 @@ def test_plan_of_the_calibration_is_the_studys():
         "divisor": made.divisor,
         "rounds": made.rounds,
         "steps_per_round": made.steps_per_round,
+        "warm_ups": 0,
     }
 
 

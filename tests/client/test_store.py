@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_site import GENERATOR, STUDY_DIGEST, enrol_order, nudged, score_order, train_order
+from small_site import GENERATOR, HEAD, STUDY_DIGEST, enrol_order, nudged, score_order, train_order
 
 from client.cohort import Cohort, draw_holdout
 from client.randomness import SecureStream
@@ -26,7 +26,9 @@ def begun(folder: Path) -> StudyStore:
 
 def reply(number: int) -> TrainReply:
     weights = nudged(GENERATOR, float(number))
-    return TrainReply(study_digest=STUDY_DIGEST, round=number, weights=weights, weights_digest=weights.digest)
+    return TrainReply(
+        study_digest=STUDY_DIGEST, round=number, weights=weights, weights_digest=weights.digest, ledger_head=HEAD
+    )
 
 
 def hold(store: StudyStore, number: int) -> None:

@@ -11,8 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from common.evidence.chain import EvidenceChain
+from common.protocol.messages import NoisedHistogram
 from common.settings.load import load_study, settings_yaml
 from common.telemetry.events import Event, ignore
+from server.audit_stage import AuditFolder
 from server.run_folder import Engine, RunFolder
 from server.simulate import simulate
 from server.simulated_sites import Cohorts
@@ -60,6 +62,13 @@ def generator_digest(run: RunFolder) -> str:
     """Digest of the generator that was decided on."""
     digest: str = json.loads((run.release / "decision.json").read_text())["decision"]["generator_digest"]
     return digest
+
+
+def answers(run: RunFolder) -> dict[str, tuple[NoisedHistogram, ...]]:
+    """What the sites answered to the audit; not where their ledgers stood then, which holds the time."""
+    stored = AuditFolder(path=run.audit).answers()
+    assert stored is not None
+    return {site: reply.histograms for site, reply in stored.replies.items()}
 
 
 def kinds(run: RunFolder) -> list[str]:

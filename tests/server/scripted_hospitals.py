@@ -14,6 +14,7 @@ from common.measure.audit_plan import AuditPlan
 from common.protocol.messages import (
     EnrolOrder,
     EnrolReply,
+    LedgerHead,
     NoisedHistogram,
     Order,
     RefusalCode,
@@ -51,6 +52,9 @@ class ScriptedSite:
         self._plan: AuditPlan | None = None
         self._trained: dict[int, TrainOrder] = {}
 
+    def _head(self, rows: int) -> LedgerHead:
+        return LedgerHead(rows=rows, hash=f"{1000 * self._number + rows:064x}")
+
     def __call__(self, order: Order) -> Reply:
         match order:
             case EnrolOrder():
@@ -65,7 +69,13 @@ class ScriptedSite:
                 self._trained[order.round] = order
                 step = np.float32(0.01 * self._number)
                 moved = Weights({name: array + step for name, array in order.weights.arrays.items()})
-                return TrainReply(study_digest=DIGEST, round=order.round, weights=moved, weights_digest=moved.digest)
+                return TrainReply(
+                    study_digest=DIGEST,
+                    round=order.round,
+                    weights=moved,
+                    weights_digest=moved.digest,
+                    ledger_head=self._head(order.round),
+                )
             case ScoreOrder():
                 self._plan = AuditPlan.from_json(order.audit_plan_json)
                 return ScoreReply(
@@ -73,6 +83,7 @@ class ScriptedSite:
                     weights_digest=order.weights_digest,
                     audit_plan_digest=order.audit_plan_digest,
                     histograms=tuple(histograms(self._plan)),
+                    ledger_head=self._head(100),
                 )
             case StatementOrder():
                 rounds = tuple(order.plan.one_round for order in self._trained.values())
@@ -80,7 +91,7 @@ class ScriptedSite:
                     study_digest=DIGEST,
                     members=rounds + (self._plan.member_mechanisms if self._plan else ()),
                     nonmembers=self._plan.nonmember_mechanisms if self._plan else (),
-                    ledger_head=f"{self._number:064x}",
+                    ledger_head=self._head(101),
                 )
         return RefusalReply(code=RefusalCode.INTERNAL)
 

@@ -5,26 +5,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from loopback_sites import LoopbackSites
+from loopback_sites import LoopbackSites, SiteFunction
 from scripted_hospitals import NOW, hold, scripted
 
 from common.errors import IntegrityError
 from common.evidence.chain import EvidenceChain
 from common.evidence.predicate import Outcome
 from common.evidence.verification import verify_bundle
+from common.privacy.ledger_witness import is_countersigned
 from common.protocol.messages import (
     EnrolOrder,
+    LedgerHead,
     Order,
     RefusalCode,
     RefusalReply,
     Reply,
     ScoreOrder,
+    ScoreReply,
     StatementOrder,
     StatementReply,
     TrainOrder,
 )
 from common.telemetry.events import Event, StageFinished
 from server.run_folder import RunFolder, RunState
+from server.sites import NoReply
 
 STAGES = ("warm start", "enrolment", "training", "audit", "candidates", "utility")
 
@@ -151,6 +155,63 @@ def test_a_site_that_does_not_answer_the_audit_prevents_a_release_and_is_asked_a
     sites["c"] = honest
     outcome, _ = hold(tmp_path / "run", LoopbackSites(sites))
     assert outcome.outcome is Outcome.RELEASE, outcome.reasons
+
+
+def test_every_order_after_a_sites_first_paid_answer_brings_its_own_last_head(tmp_path: Path):
+    brought: dict[str, list[Order]] = {}
+    sites = scripted()
+
+    def watching(name: str) -> SiteFunction:
+        def answer(order: Order) -> Reply | NoReply:
+            brought.setdefault(name, []).append(order)
+            return hospital(order)
+
+        hospital = sites[name]
+        return answer
+
+    _, run = hold(tmp_path / "run", LoopbackSites({name: watching(name) for name in sites}))
+    for number, (name, orders) in enumerate(brought.items(), start=1):
+        enrolment, first, *later = orders
+        assert isinstance(enrolment, EnrolOrder)
+        assert first.witness is None
+        for order in later:
+            assert order.witness.site == name
+            assert order.witness.head.hash == f"{1000 * number + order.witness.head.rows:064x}"
+            assert is_countersigned(order.witness, study=run.facts.study_digest, key=enrolment.coordinator_key)
+        assert [order.witness.head.rows for order in later] == [1, 2, 100]  # two rounds, then the audit
+
+
+def test_a_site_whose_ledger_goes_back_does_not_count_and_is_named(tmp_path: Path):
+    sites = scripted()
+    honest = sites["b"]
+
+    def put_back(order: Order) -> Reply:
+        reply = honest(order)
+        forged = LedgerHead(rows=1, hash="f" * 64)
+        return replace(reply, ledger_head=forged) if isinstance(reply, ScoreReply) else reply
+
+    def ctrl_c(event: Event) -> None:
+        if isinstance(event, StageFinished) and event.stage == "audit":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hold(tmp_path / "run", LoopbackSites({**sites, "b": put_back}), ctrl_c)
+    stored = json.loads((tmp_path / "run" / "audit" / "answers.json").read_text())
+    assert stored["missing"] == {"b": "ledger went back behind a head that was countersigned"}
+
+
+def test_a_run_whose_key_was_replaced_asks_no_site(tmp_path: Path):
+    def ctrl_c(event: Event) -> None:
+        if isinstance(event, StageFinished) and event.stage == "enrolment":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hold(tmp_path / "run", LoopbackSites(scripted()), ctrl_c)
+    (tmp_path / "run" / "private" / "auditor.key").unlink()
+    sites = LoopbackSites(scripted())
+    with pytest.raises(IntegrityError, match="not the key that the sites enrolled with"):
+        hold(tmp_path / "run", sites)
+    assert sites.asked == []
 
 
 def test_candidates_that_changed_in_quarantine_stop_the_campaign(tmp_path: Path):

@@ -37,6 +37,7 @@ def enrolled(folder: Path, sites: LoopbackSites) -> Enrolment:
         sites,
         public_generator=PUBLIC,
         public_critic=None,
+        coordinator_key="d" * 64,
         chain=EvidenceChain(folder / "evidence.jsonl"),
         now=lambda: datetime(2027, 1, 1, tzinfo=UTC),
     )
@@ -49,7 +50,7 @@ def test_every_site_gets_the_whole_study_and_the_public_start(tmp_path: Path):
     order = sites.asked[0][1]
     assert isinstance(order, EnrolOrder)
     assert (order.study_json, order.study_digest) == (study_json(STUDY), DIGEST)
-    assert order.public_generator.digest == PUBLIC.digest
+    assert (order.public_generator.digest, order.coordinator_key) == (PUBLIC.digest, "d" * 64)
 
 
 def test_commitments_are_in_the_evidence_and_read_back_the_same(tmp_path: Path):

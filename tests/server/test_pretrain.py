@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from common.phantom.draw import public_phantoms
 from common.settings.study import Study
 from common.telemetry.events import ignore
-from server.pretrain import principal_codes, public_phantoms, reconstruction_loss, warm_start
+from server.pretrain import principal_codes, reconstruction_loss, warm_start
 from tests.tiny_studies import tiny_study
 
 

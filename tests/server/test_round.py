@@ -13,7 +13,16 @@ from common.errors import Unreachable
 from common.evidence.chain import EvidenceChain
 from common.generator.weights import Weights
 from common.privacy.mechanism import DpSgd
-from common.protocol.messages import Order, RefusalCode, RefusalReply, Reply, StatementReply, TrainOrder, TrainReply
+from common.protocol.messages import (
+    LedgerHead,
+    Order,
+    RefusalCode,
+    RefusalReply,
+    Reply,
+    StatementReply,
+    TrainOrder,
+    TrainReply,
+)
 from common.settings.study import FederationSettings
 from common.telemetry.events import Event, RoundFinished, SiteExcluded
 from server.checkpoint import CheckpointStore
@@ -22,6 +31,7 @@ from server.sites import NoReply, NoReplyReason
 from tests.tiny_studies import tiny_plan, tiny_study
 
 DIGEST = "5" * 64
+HEAD = LedgerHead(rows=1, hash="e" * 64)
 START = Weights({"layer": np.zeros(3, np.float32)})
 STUDY = tiny_study(training={"rounds": 3, "critic_steps_per_round": 5})
 PLAN = tiny_plan(STUDY, noise=1.0)
@@ -34,7 +44,11 @@ def trains(by: float) -> Callable[[Order], Reply]:
         assert isinstance(order, TrainOrder)
         moved = Weights({"layer": order.weights.arrays["layer"] + np.float32(by)})
         return TrainReply(
-            study_digest=order.study_digest, round=order.round, weights=moved, weights_digest=moved.digest
+            study_digest=order.study_digest,
+            round=order.round,
+            weights=moved,
+            weights_digest=moved.digest,
+            ledger_head=HEAD,
         )
 
     return site
@@ -194,7 +208,7 @@ def test_a_good_reply_gives_its_weights():
         (replace(GOOD, study_digest="6" * 64), "reply is for another study"),
         (replace(GOOD, weights_digest="0" * 64), "weights are not what their digest says"),
         (replace(GOOD, weights=OTHER_SHAPE, weights_digest=OTHER_SHAPE.digest), "weights have other names or shapes"),
-        (StatementReply(study_digest=DIGEST, members=(), nonmembers=(), ledger_head=""), "reply is of another kind"),
+        (StatementReply(study_digest=DIGEST, members=(), nonmembers=(), ledger_head=HEAD), "reply is of another kind"),
         (RefusalReply(code=RefusalCode.PAUSED), "site refused (paused)"),
         (NoReply(reason=NoReplyReason.FAILED), "site software failed"),
     ],

@@ -10,7 +10,7 @@ from flwr.proto.node_pb2 import NodeInfo
 
 from common.errors import Unreachable
 from common.protocol import codec
-from common.protocol.messages import RefusalCode, RefusalReply, StatementOrder, StatementReply
+from common.protocol.messages import LedgerHead, RefusalCode, RefusalReply, StatementOrder, StatementReply
 from server.simulate import LocalGrid
 from server.sites import TTL_MARGIN_S, GridSites, NoReply, NoReplyReason
 
@@ -18,8 +18,12 @@ NAMES = ("site-1", "site-2", "site-3")
 ORDER = StatementOrder(study_digest="5" * 64)
 
 
+def head(site: int) -> LedgerHead:
+    return LedgerHead(rows=site, hash="e" * 64)
+
+
 def statement(site: int) -> StatementReply:
-    return StatementReply(study_digest="5" * 64, members=(), nonmembers=(), ledger_head=str(site))
+    return StatementReply(study_digest="5" * 64, members=(), nonmembers=(), ledger_head=head(site))
 
 
 def answering_app(seen: list[Message] | None = None) -> ClientApp:

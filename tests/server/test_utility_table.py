@@ -6,7 +6,7 @@ import pytest
 from report_example import example_study
 
 from common.measure.dice_sums import noise_variance
-from common.protocol.messages import Order, RefusalCode, RefusalReply, Reply, SegmenterSource, UtilityReply
+from common.protocol.messages import LedgerHead, Order, RefusalCode, RefusalReply, Reply, SegmenterSource, UtilityReply
 from common.settings.load import study_digest
 from server.sites import NoReply, NoReplyReason
 from server.utility import UtilityResult, measure_utility, summarise, with_real
@@ -29,6 +29,7 @@ def reply(
         patients=patients,
         exact=exact,
         epsilon=epsilon,
+        ledger_head=LedgerHead(rows=1, hash="e" * 64),
     )
 
 

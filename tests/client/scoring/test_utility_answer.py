@@ -9,8 +9,10 @@ from client.scoring.utility import answer
 from common.errors import PolicyRefusal
 from common.measure.dice_sums import noise_variance
 from common.measure.segmentation import dice_per_patient, train_segmenter
-from common.protocol.messages import SegmenterSource, UtilityOrder
+from common.protocol.messages import LedgerHead, SegmenterSource, UtilityOrder
 from tests.tiny_studies import tiny_study
+
+HEAD = LedgerHead(rows=7, hash="e" * 64)
 
 STUDY = tiny_study(
     labels={1: "box"},
@@ -49,7 +51,7 @@ def order(source: SegmenterSource, segmenter=None) -> UtilityOrder:
 
 def ask(the_order: UtilityOrder, cohort: Cohort, *, research: bool = False, seed: int = 9):
     stream = SecureStream.from_seed(seed)
-    return answer(the_order, cohort=cohort, study=STUDY, research_answers=research, stream=stream)
+    return answer(the_order, cohort=cohort, study=STUDY, research_answers=research, stream=stream, ledger_head=HEAD)
 
 
 def exact_truth(segmenter, cohort) -> float:

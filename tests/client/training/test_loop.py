@@ -10,8 +10,10 @@ import torch
 
 from client.cohort import Cohort, commit_split
 from client.randomness import SecureStream
+from client.training.ladder import Ladder
 from client.training.loop import gather_views, train_round
 from client.training.state import GameState
+from common.adversary.losses import fake_loss, real_loss
 from common.errors import IntegrityError
 from common.generator.network import build_generator, weights_of
 from common.privacy.mechanism import DpSgd, Plan
@@ -31,10 +33,12 @@ def plan(noise: float = 1.0) -> Plan:
     return tiny_plan(study_of(), noise=noise)
 
 
-def tiny_cohort(members: int = 6, seed: int = 0) -> Cohort:
+def tiny_cohort(members: int = 6, seed: int = 0, *, most_scans: int = 2) -> Cohort:
     rng = np.random.default_rng(seed)
     names = [f"p{i:02d}" for i in range(members + 2)]
-    patients = {n: rng.uniform(-1, 1, (1 + i % 2, 2, 16, 16, 16)).astype(np.float16) for i, n in enumerate(names)}
+    patients = {
+        n: rng.uniform(-1, 1, (1 + i % most_scans, 2, 16, 16, 16)).astype(np.float16) for i, n in enumerate(names)
+    }
     split = commit_split(names[:members], names[members:], SecureStream.from_seed(seed, "salt"))
     return Cohort.from_patients(patients, split)
 
@@ -50,6 +54,35 @@ def one_round(study: Study, the_plan: Plan, cohort: Cohort, key: int = 3) -> tup
         observer=ignore,
     )
     return state.tensors(), weights.digest
+
+
+def first_step_gradient(the_plan: Plan, cohort: Cohort, *, study: Study | None = None, key: int = 3) -> torch.Tensor:
+    """(P,) what the critic's optimiser got in a round of a single step."""
+    study = study or study_of(critic_steps_per_round=1)
+    state = GameState.start(study, None)
+    train_round(
+        study=study,
+        plan=dataclasses.replace(
+            the_plan,
+            steps_per_round=1,
+            mechanism=dataclasses.replace(the_plan.mechanism, steps=the_plan.rounds),
+        ),
+        weights=weights_of(build_generator(study)),
+        state=state,
+        cohort=cohort,
+        stream=SecureStream.from_seed(key, "round", 1),
+        observer=ignore,
+    )
+    return torch.cat([p.grad.flatten() for p in state.critic.parameters()])
+
+
+def clipped_gradients(study: Study, losses: list[torch.Tensor], critic: torch.nn.Module) -> torch.Tensor:
+    """(B, P) by one backward pass a row, in the plainest way."""
+    rows = []
+    for loss in losses:
+        row = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(critic.parameters()), retain_graph=True)])
+        rows.append(row * min(1.0, study.privacy.clip_norm / float(row.double().norm())))
+    return torch.stack(rows)
 
 
 def critic_vector(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -83,6 +116,73 @@ def test_a_restored_state_continues_exactly_where_it_stopped() -> None:
         cohort=cohort, stream=SecureStream.from_seed(2), observer=ignore,
     )[0].digest  # fmt: skip
     assert second == [straight, straight]
+
+
+def test_a_step_is_the_clipped_sum_over_the_public_divisor_plus_the_mean_of_clipped_fakes() -> None:
+    """The whole formula, by another way: neither the realised batch nor the cohort's size is in it."""
+    study = study_of(critic_steps_per_round=1)
+    cohort = tiny_cohort(members=5)  # the divisor is 0.5 * 10 patients, and all five are drawn
+    everybody = dataclasses.replace(plan(0.0).mechanism, sampling_probability=1.0)
+    found = first_step_gradient(dataclasses.replace(plan(0.0), mechanism=everybody), cohort, study=study)
+
+    stream, critic = SecureStream.from_seed(3, "round", 1), GameState.start(study, None).critic
+    generator = build_generator(study)
+    n, size = study.training.fake_batch, study.training.latent_size
+    latent = torch.from_numpy(stream.fork("latent").normal(n * size).reshape(n, size)).float()
+    draws = stream.fork("draw")
+    views = gather_views(cohort, cohort.draw(draws, 1.0), 1, draws)
+    real = clipped_gradients(study, [real_loss(study.training.loss, critic(v)) for v in views], critic)
+    fakes = generator(latent).detach()
+    fake = clipped_gradients(study, [fake_loss(study.training.loss, critic(f[None])) for f in fakes], critic)
+    expected = real.sum(dim=0) / 5.0 + fake.mean(dim=0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("probability", [1e-9, 1.0], ids=["nobody drawn", "everybody drawn"])
+def test_noise_of_the_planned_scale_is_added_once_whoever_was_drawn(probability: float) -> None:
+    study = study_of(critic_steps_per_round=1, critic_width=8)  # many parameters: a standard deviation to read
+    cohort = tiny_cohort()
+    plans = [
+        dataclasses.replace(p, mechanism=dataclasses.replace(p.mechanism, sampling_probability=probability))
+        for p in (plan(3.0), plan(0.0))
+    ]
+    noisy, plain = (first_step_gradient(p, cohort, study=study) for p in plans)
+    noise = (noisy - plain) * plans[0].divisor
+    assert noise.std() == pytest.approx(3.0 * study.privacy.clip_norm, rel=0.03)
+
+
+def test_a_patient_whose_gradient_is_not_finite_counts_as_nothing() -> None:
+    """An error or a NaN would tell the outside who was drawn."""
+    cohort = tiny_cohort(members=4, most_scans=1)  # the only view is then the scan itself
+    broken = {p: cohort.scans(p).copy() for p in cohort.patients}
+    broken[cohort.members[1]][:] = np.inf
+    spoilt = Cohort.from_patients(broken, cohort.split)
+    without = Cohort.from_patients(
+        {p: s for p, s in broken.items() if p != cohort.members[1]},
+        commit_split(
+            [m for m in cohort.members if m != cohort.members[1]], cohort.nonmembers, SecureStream.from_seed(0, "salt")
+        ),
+    )
+    everybody = dataclasses.replace(plan(0.0).mechanism, sampling_probability=1.0)
+    the_plan = dataclasses.replace(plan(0.0), mechanism=everybody)
+    found, expected = first_step_gradient(the_plan, spoilt), first_step_gradient(the_plan, without)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adaptive_pace_takes_more_critic_steps_and_is_kept_between_rounds() -> None:
+    study = study_of(critic_steps_per_generator_step="adaptive", critic_steps_per_round=3, loss="hinge")
+    high = GameState.start(study, None)
+    climbed = dataclasses.replace(high, ladder=Ladder(rung=2), critic_steps=1)  # five critic steps, one is done
+    kept = GameState.restore(study, climbed.tensors())
+    assert (kept.ladder, kept.critic_steps) == (climbed.ladder, 1)
+    weights = weights_of(build_generator(study))
+    after, state = train_round(
+        study=study, plan=plan(), weights=weights, state=kept, cohort=tiny_cohort(),
+        stream=SecureStream.from_seed(1), observer=ignore,
+    )  # fmt: skip
+    assert after.digest == weights.digest  # three more steps make four: the generator waits
+    assert state.critic_steps == 4
 
 
 def test_the_planned_noise_reaches_the_critic() -> None:

@@ -4,20 +4,28 @@ import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
 
-from common.privacy.accounting import Epsilon, epsilon, epsilon_rdp
-from common.privacy.mechanism import DpSgd, ExactAnswer, NoisedCounts, Unit
+from common.privacy.accounting import Epsilon, epsilon, epsilon_rdp, gaussian_log_delta, gaussian_mu
+from common.privacy.mechanism import DpSgd, ExactAnswer, GaussianRelease, NoisedCounts, Unit
 
 
 def sgd(noise, probability, steps, unit=Unit.PATIENT):
     return DpSgd(noise_multiplier=noise, sampling_probability=probability, steps=steps, unit=unit)
 
 
-def oracle(delta, *rows):
+def release(noise):
+    return GaussianRelease(noise_multiplier=noise)
+
+
+def oracle(delta, *rows, releases=(), counts=()):
     """Google's privacy loss distributions: shares no code with Opacus."""
     accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=5e-4)
     for noise, probability, steps in rows:
         step = dp_accounting.PoissonSampledDpEvent(probability, dp_accounting.GaussianDpEvent(noise))
         accountant.compose(step, steps)
+    for noise in releases:
+        accountant.compose(dp_accounting.GaussianDpEvent(noise))
+    for pure in counts:
+        accountant.compose(dp_accounting.LaplaceDpEvent(1 / pure))
     return accountant.get_epsilon(delta)
 
 
@@ -55,11 +63,48 @@ def test_nothing_done_costs_nothing():
     assert epsilon_rdp([], 1e-5) == 0
 
 
-@pytest.mark.parametrize("naked", [sgd(0.0, 0.1, 1), ExactAnswer(question="dice")])
+@pytest.mark.parametrize("naked", [sgd(0.0, 0.1, 1), release(0.0), ExactAnswer(question="dice")])
 def test_anything_without_noise_makes_epsilon_infinite(naked):
     private = [sgd(5.0, 0.1, 10), NoisedCounts(epsilon=0.5)]
     assert epsilon([*private, naked], 1e-5).lower == math.inf
     assert epsilon_rdp([*private, naked], 1e-5) == math.inf
+
+
+def test_a_release_is_one_step_with_everybody_in_it():
+    assert epsilon([release(2.0)], 1e-4) == epsilon([sgd(2.0, 1.0, 1)], 1e-4)
+    together = [sgd(2.0, 0.2, 50), release(3.0), release(3.0)]
+    assert epsilon(together, 1e-4) == epsilon([sgd(2.0, 0.2, 50), sgd(3.0, 1.0, 2)], 1e-4)
+    assert epsilon_rdp(together, 1e-4) == epsilon_rdp([sgd(2.0, 0.2, 50), sgd(3.0, 1.0, 2)], 1e-4)
+
+
+def test_warm_up_training_and_answers_of_several_rounds_compose_as_an_independent_accountant_says():
+    """Two studies and a restarted round: the round that was begun twice counts twice."""
+    first = [release(3.0), *[sgd(3.2, 0.5, 20)] * 5, NoisedCounts(epsilon=0.3)]
+    second = [release(6.0), *[sgd(4.0, 0.25, 30)] * 2]
+    found = epsilon(first + second, 1e-3)
+    gaussian = oracle(1e-3, (3.2, 0.5, 100), (4.0, 0.25, 60), releases=(3.0, 6.0))
+    assert found.lower - 0.3 <= gaussian <= found.upper - 0.3
+    assert found.upper <= epsilon_rdp(first + second, 1e-3) <= 1.25 * found.upper
+    # Composing the counts as well is tighter than adding them up, so the sum stays a bound.
+    assert oracle(1e-3, (3.2, 0.5, 100), (4.0, 0.25, 60), releases=(3.0, 6.0), counts=(0.3,)) < found.upper
+
+
+def test_a_release_composes_tighter_than_by_adding_budgets():
+    parts = epsilon([release(3.0)], 1e-3).upper + epsilon([sgd(3.2, 0.5, 100)], 1e-3).upper
+    assert epsilon([release(3.0), sgd(3.2, 0.5, 100)], 1e-3).upper < 0.9 * parts
+
+
+@pytest.mark.parametrize("eps", [0.01, 1.0, 8.0, 40.0])
+def test_the_largest_signal_of_a_release_spends_exactly_its_epsilon(eps):
+    mu = gaussian_mu(eps, 1e-4)
+    assert epsilon([release(1 / mu)], 1e-4).value == pytest.approx(eps, rel=1e-6)
+    assert gaussian_log_delta(eps, mu) <= math.log(1e-4) < gaussian_log_delta(eps, mu * (1 + 1e-6))
+
+
+@pytest.mark.parametrize(("eps", "delta"), [(0.0, 1e-4), (-1.0, 1e-4), (1.0, 0.0), (1.0, 1.0), (math.nan, 1e-4)])
+def test_no_signal_is_given_for_a_target_out_of_range(eps, delta):
+    with pytest.raises(ValueError, match=r"epsilon|delta"):
+        gaussian_mu(eps, delta)
 
 
 def test_noised_counts_add_their_whole_epsilon_to_training():
@@ -83,6 +128,11 @@ def test_one_round_more_costs_more_than_a_new_account_each_round_would_say():
     assert one < 2 * one < ten < 10 * one
 
 
+def test_what_a_lax_delta_covers_alone_costs_no_epsilon():
+    found = epsilon([sgd(1000.0, 0.16, 300)], 0.0135)
+    assert found == Epsilon(value=0.0, lower=0.0, upper=0.0, delta=0.0135, accountant="prv")
+
+
 def test_a_hopeless_mechanism_still_gets_an_upper_bound():
     found = epsilon([sgd(0.3, 0.1, 1000)], 1e-4)
     assert found.accountant == "rdp"
@@ -94,6 +144,9 @@ def test_patches_and_patients_are_never_added_up():
     assert epsilon([sgd(2.0, 0.1, 10, Unit.PATCH)], 1e-4).upper == epsilon([sgd(2.0, 0.1, 10)], 1e-4).upper
     with pytest.raises(ValueError, match="patch-level"):
         epsilon([sgd(2.0, 0.1, 10), sgd(2.0, 0.1, 10, Unit.PATCH)], 1e-4)
+    for private in (NoisedCounts(epsilon=1.0), release(1.0)):
+        with pytest.raises(ValueError, match="patch-level"):
+            epsilon([private, sgd(2.0, 0.1, 10, Unit.PATCH)], 1e-4)
     with pytest.raises(ValueError, match="patch-level"):
         epsilon([NoisedCounts(epsilon=1.0), sgd(2.0, 0.1, 10, Unit.PATCH)], 1e-4)
 

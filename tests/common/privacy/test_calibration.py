@@ -3,7 +3,7 @@ import pytest
 from common.errors import SettingsError
 from common.privacy.accounting import epsilon
 from common.privacy.calibration import calibrate
-from common.privacy.mechanism import DpSgd
+from common.privacy.mechanism import DpSgd, GaussianRelease
 from common.settings.study import PrivacySettings, TrainingSettings
 
 
@@ -48,6 +48,43 @@ def test_without_a_target_there_is_no_noise_and_the_plan_says_so():
     plan = calibrate(privacy(target_epsilon=None), training())
     assert plan.mechanism.noise_multiplier == 0
     assert plan.target_epsilon is None
+
+
+@pytest.mark.parametrize(("share", "probability"), [(0.1, 1.0), (0.5, 1.0), (0.25, 0.5)])
+def test_a_warm_up_alone_costs_its_share_and_all_together_the_target(share, probability):
+    plan = calibrate(privacy(sampling_probability=probability), training(), share)
+    assert epsilon([plan.warm_up], 1e-3).upper == pytest.approx(share * 8.0, rel=1e-6)
+    assert epsilon(plan.mechanisms, 1e-3).upper <= 8.0
+    less = DpSgd(
+        noise_multiplier=plan.mechanism.noise_multiplier * (1 - 1.5e-3), sampling_probability=probability, steps=100
+    )
+    assert epsilon([plan.warm_up, less], 1e-3).upper > 8.0
+
+
+def test_a_warm_up_leaves_training_less_but_more_than_a_budget_of_its_own_would():
+    settings = privacy(sampling_probability=1.0)
+    plan, without = calibrate(settings, training(), 0.5), calibrate(settings, training())
+    apart = calibrate(privacy(sampling_probability=1.0, target_epsilon=4.0), training())
+    assert without.warm_up is None
+    noises = [p.mechanism.noise_multiplier for p in (without, plan, apart)]
+    assert noises == sorted(noises)
+    assert noises[1] < 0.8 * noises[2]
+
+
+def test_a_research_plan_releases_its_warm_up_without_noise_too():
+    plan = calibrate(privacy(target_epsilon=None), training(), 0.25)
+    assert plan.warm_up == GaussianRelease(noise_multiplier=0.0)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 1.5])
+def test_a_share_that_leaves_training_nothing_is_refused(share):
+    with pytest.raises(SettingsError, match="warm_up_share"):
+        calibrate(privacy(), training(), share)
+
+
+def test_a_share_that_leaves_training_too_little_is_refused_and_says_why():
+    with pytest.raises(SettingsError, match="the warm-up release included"):
+        calibrate(privacy(), training(), 0.9999)
 
 
 def test_an_impossible_target_is_refused_with_the_nearest_that_can_be_kept():

@@ -1,7 +1,7 @@
 """Every message survives the trip; nothing else gets in."""
 
 import json
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from common.protocol import codec
 from common.protocol.messages import (
     EnrolOrder,
     EnrolReply,
+    LedgerHead,
     NoisedHistogram,
     RefusalCode,
     RefusalReply,
@@ -29,6 +30,7 @@ from common.protocol.messages import (
     TrainReply,
     UtilityOrder,
     UtilityReply,
+    WitnessedHead,
 )
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -66,6 +68,8 @@ def plans(draw: st.DrawFn) -> Plan:
     )
 
 
+HEAD = st.builds(LedgerHead, rows=INTEGER, hash=TEXT)
+WITNESS = st.none() | st.builds(WitnessedHead, site=TEXT, head=HEAD, signature=TEXT)
 HISTOGRAM = st.builds(
     NoisedHistogram, endpoint=TEXT, group=TEXT, counts=st.lists(INTEGER, max_size=4).map(tuple), epsilon=FINITE
 )
@@ -76,6 +80,7 @@ ORDERS = st.one_of(
         study_digest=TEXT,
         public_critic=st.none() | WEIGHTS,
         public_generator=WEIGHTS,
+        coordinator_key=TEXT,
     ),
     st.builds(
         TrainOrder,
@@ -85,6 +90,7 @@ ORDERS = st.one_of(
         weights_digest=TEXT,
         plan=plans(),
         deadline_s=FINITE,
+        witness=WITNESS,
     ),
     st.builds(
         ScoreOrder,
@@ -96,6 +102,7 @@ ORDERS = st.one_of(
         audit_plan_digest=TEXT,
         seed=INTEGER,
         volumes=INTEGER,
+        witness=WITNESS,
     ),
     st.builds(
         UtilityOrder,
@@ -104,8 +111,9 @@ ORDERS = st.one_of(
         segmenter=st.none() | WEIGHTS,
         training_steps=INTEGER,
         seed=INTEGER,
+        witness=WITNESS,
     ),
-    st.builds(StatementOrder, study_digest=TEXT),
+    st.builds(StatementOrder, study_digest=TEXT, witness=WITNESS),
 )
 REPLIES = st.one_of(
     st.builds(
@@ -116,13 +124,14 @@ REPLIES = st.one_of(
         code_digest=TEXT,
         simulated=st.booleans(),
     ),
-    st.builds(TrainReply, study_digest=TEXT, round=INTEGER, weights=WEIGHTS, weights_digest=TEXT),
+    st.builds(TrainReply, study_digest=TEXT, round=INTEGER, weights=WEIGHTS, weights_digest=TEXT, ledger_head=HEAD),
     st.builds(
         ScoreReply,
         study_digest=TEXT,
         weights_digest=TEXT,
         audit_plan_digest=TEXT,
         histograms=st.lists(HISTOGRAM, max_size=3).map(tuple),
+        ledger_head=HEAD,
     ),
     st.builds(
         UtilityReply,
@@ -132,13 +141,14 @@ REPLIES = st.one_of(
         patients=FINITE,
         exact=st.booleans(),
         epsilon=FINITE | st.none(),
+        ledger_head=HEAD,
     ),
     st.builds(
         StatementReply,
         study_digest=TEXT,
         members=st.lists(MECHANISM, max_size=3).map(tuple),
         nonmembers=st.lists(MECHANISM, max_size=3).map(tuple),
-        ledger_head=TEXT,
+        ledger_head=HEAD,
     ),
     st.builds(RefusalReply, code=st.sampled_from(RefusalCode)),
 )
@@ -199,15 +209,21 @@ def test_equal_messages_give_equal_bytes_and_one_digest(order):
 
 
 def test_a_digest_sees_one_bit_of_one_array():
-    a = EnrolOrder(study_json="{}", study_digest="d", public_critic=None, public_generator=weights(0.5))
-    b = EnrolOrder(
-        study_json="{}", study_digest="d", public_critic=None, public_generator=weights(float(np.nextafter(0.5, 1)))
+    a = EnrolOrder(
+        study_json="{}", study_digest="d", public_critic=None, public_generator=weights(0.5), coordinator_key="k"
     )
-    c = EnrolOrder(study_json="{}", study_digest="d", public_critic=weights(0.5), public_generator=weights(0.5))
-    nudged = Weights({**weights().arrays, "stem.bias": np.array([0, 1e-45], np.float32)})
-    d = EnrolOrder(study_json="{}", study_digest="d", public_critic=None, public_generator=nudged)
+    b = replace(a, public_generator=weights(float(np.nextafter(0.5, 1))))
+    c = replace(a, public_critic=weights(0.5))
+    d = replace(a, public_generator=Weights({**weights().arrays, "stem.bias": np.array([0, 1e-45], np.float32)}))
     assert codec.digest(a) == codec.digest(b)  # the same float32
     assert len({codec.digest(m) for m in (a, c, d)}) == 3
+
+
+def test_a_question_asked_with_a_newer_witness_is_the_same_question():
+    head = LedgerHead(rows=3, hash="e" * 64)
+    witnessed = replace(train_order(), witness=WitnessedHead(site="a", head=head, signature="f" * 128))
+    assert codec.digest(witnessed) == codec.digest(train_order())
+    assert codec.pack(witnessed) != codec.pack(train_order())
 
 
 def test_message_types_are_what_the_client_app_registers():
@@ -216,6 +232,7 @@ def test_message_types_are_what_the_client_app_registers():
     assert codec.message_type(statement) == "query.statement"
     assert set(codec.ORDER_NAMES.values()) == {
         "query.enrol",
+        "train.warm_up",
         "train.gan",
         "query.score",
         "query.utility",
@@ -230,7 +247,7 @@ def test_an_order_is_not_read_as_a_reply_nor_a_reply_as_an_order():
         codec.decode_order(codec.encode(RefusalReply(code=RefusalCode.POLICY)))
 
 
-@pytest.mark.parametrize("version", [0, 2, 1.0, "1", True, None])
+@pytest.mark.parametrize("version", [0, 1, 2.0, "2", True, None])
 def test_another_protocol_version_is_refused(version):
     records = codec.encode(train_order())
     body = json.loads(records["message"]["json"])
@@ -404,7 +421,8 @@ def test_stored_bytes_that_are_damaged_raise_only_the_protocol_error(noise):
 
 
 def test_stored_bytes_that_are_cut_anywhere_are_refused():
-    reply = TrainReply(study_digest="d", round=1, weights=weights(), weights_digest=weights().digest)
+    head = LedgerHead(rows=3, hash="e" * 64)
+    reply = TrainReply(study_digest="d", round=1, weights=weights(), weights_digest=weights().digest, ledger_head=head)
     data = codec.pack(reply)
     for end in range(0, len(data), 7):
         with pytest.raises(ProtocolError):
@@ -421,6 +439,7 @@ def test_a_value_its_field_does_not_allow_is_not_sent():
                 patients=1.0,
                 exact=False,
                 epsilon=1.0,
+                ledger_head=LedgerHead(rows=3, hash="e" * 64),
             )
         )
     with pytest.raises(ProtocolError, match="study_digest"):
@@ -431,5 +450,11 @@ def test_numbers_of_numpy_are_sent_as_numbers():
     histogram = NoisedHistogram(
         endpoint="e", group="g", counts=tuple(np.array([3, -1], np.int64)), epsilon=np.float64(0.1)
     )
-    reply = ScoreReply(study_digest="d", weights_digest="w", audit_plan_digest="p", histograms=(histogram,))
+    reply = ScoreReply(
+        study_digest="d",
+        weights_digest="w",
+        audit_plan_digest="p",
+        histograms=(histogram,),
+        ledger_head=LedgerHead(rows=np.int64(3), hash="e" * 64),
+    )
     assert codec.decode_reply(codec.encode(reply)).histograms[0].counts == (3, -1)

@@ -13,6 +13,7 @@ from common.protocol.manifest import check_reply, objections
 from common.protocol.messages import (
     EnrolOrder,
     EnrolReply,
+    LedgerHead,
     NoisedHistogram,
     RefusalCode,
     RefusalReply,
@@ -30,6 +31,7 @@ from tests.tiny_studies import tiny_audit_plan, tiny_plan, tiny_study
 
 STUDY = "5" * 64
 HEX = "a" * 64
+HEAD = LedgerHead(rows=7, hash=HEX)
 WEIGHTS = Weights({"stem.weight": np.ones((2, 3), np.float32), "stem.bias": np.zeros(2, np.float32)})
 AUDIT = tiny_audit_plan(
     endpoints=(
@@ -40,12 +42,12 @@ AUDIT = tiny_audit_plan(
 PLAN = tiny_plan(tiny_study(), noise=1.0)
 
 ENROL = (
-    EnrolOrder(study_json="{}", study_digest=STUDY, public_critic=None, public_generator=WEIGHTS),
+    EnrolOrder(study_json="{}", study_digest=STUDY, public_critic=None, public_generator=WEIGHTS, coordinator_key=HEX),
     EnrolReply(study_digest=STUDY, holdout_commitment=HEX, policy_digest=HEX, code_digest=HEX, simulated=True),
 )
 TRAIN = (
     TrainOrder(study_digest=STUDY, round=2, weights=WEIGHTS, weights_digest=WEIGHTS.digest, plan=PLAN, deadline_s=60.0),
-    TrainReply(study_digest=STUDY, round=2, weights=WEIGHTS, weights_digest=WEIGHTS.digest),
+    TrainReply(study_digest=STUDY, round=2, weights=WEIGHTS, weights_digest=WEIGHTS.digest, ledger_head=HEAD),
 )
 HISTOGRAMS = tuple(
     NoisedHistogram(endpoint=e.name.value, group=g.value, counts=(5, -2, 0, 9)[: e.bins], epsilon=1.0)
@@ -64,7 +66,11 @@ SCORE = (
         volumes=16,
     ),
     ScoreReply(
-        study_digest=STUDY, weights_digest=WEIGHTS.digest, audit_plan_digest=AUDIT.digest, histograms=HISTOGRAMS
+        study_digest=STUDY,
+        weights_digest=WEIGHTS.digest,
+        audit_plan_digest=AUDIT.digest,
+        histograms=HISTOGRAMS,
+        ledger_head=HEAD,
     ),
 )
 UTILITY = (
@@ -76,6 +82,7 @@ UTILITY = (
         patients=9.0,
         exact=False,
         epsilon=1.0,
+        ledger_head=HEAD,
     ),
 )
 REAL = (
@@ -88,7 +95,7 @@ STATEMENT = (
         study_digest=STUDY,
         members=(PLAN.one_round, NoisedCounts(epsilon=1.0)),
         nonmembers=(ExactAnswer(question="utility.real"),),
-        ledger_head=HEX,
+        ledger_head=HEAD,
     ),
 )
 PAIRS = (ENROL, TRAIN, SCORE, UTILITY, REAL, STATEMENT)
@@ -130,7 +137,13 @@ def test_enrolment_holds_digests_and_nothing_else(field, text):
 
 def train_reply(arrays, **changes):
     weights = Weights(arrays)
-    facts = {"study_digest": STUDY, "round": 2, "weights": weights, "weights_digest": weights.digest}
+    facts = {
+        "study_digest": STUDY,
+        "round": 2,
+        "weights": weights,
+        "weights_digest": weights.digest,
+        "ledger_head": HEAD,
+    }
     return TrainReply(**{**facts, **changes})
 
 
@@ -208,7 +221,6 @@ def test_answer_about_a_segmenter_trained_at_home_says_that_it_is_exact():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"ledger_head": "/data/ledger.sqlite"},
         {"members": (ExactAnswer(question="scans of DOE, JANE"),)},
         {"nonmembers": (DpSgd(noise_multiplier=1.0, sampling_probability=0.1, steps=1, unit=Unit.PATCH),)},
         {"members": ("noise",)},
@@ -216,6 +228,20 @@ def test_answer_about_a_segmenter_trained_at_home_says_that_it_is_exact():
 )
 def test_statement_holds_mechanisms_and_nothing_else(changes):
     assert checked(STATEMENT[0], replace(STATEMENT[1], **changes)) == REFUSED
+
+
+@pytest.mark.parametrize(("order", "reply"), [TRAIN, SCORE, UTILITY, REAL, STATEMENT])
+@pytest.mark.parametrize(
+    "head",
+    [
+        LedgerHead(rows=7, hash="/data/ledger.sqlite"),
+        LedgerHead(rows=-1, hash=HEX),
+        LedgerHead(rows=True, hash=HEX),
+        LedgerHead(rows=19580312_0000, hash=HEX),
+    ],
+)
+def test_head_of_the_ledger_is_a_number_of_rows_and_a_digest(order, reply, head):
+    assert checked(order, replace(reply, ledger_head=head)) == REFUSED
 
 
 def test_objections_are_for_the_sites_own_log():

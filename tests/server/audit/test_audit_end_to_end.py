@@ -6,7 +6,7 @@ from torch import nn
 from client.cohort import Cohort, Split
 from client.randomness import SecureStream
 from client.scoring.score import score_site
-from common.protocol.messages import ScoreReply
+from common.protocol.messages import LedgerHead, ScoreReply
 from common.settings.study import ReleaseSettings
 from common.telemetry.events import ignore
 from server.audit.verdict import AuditResult, Verdict, judge
@@ -18,6 +18,7 @@ PLAN = tiny_audit_plan(
     sites=("site-1",),
     volumes=150,
     planted_fraction=0.5,
+    epsilon_per_answer=4.0,  # at 1 the noise hides half of the planted copies of so few patients, seed by seed
     expected_members=MEMBERS,
     expected_nonmembers=NONMEMBERS,
 )
@@ -42,7 +43,13 @@ def audit(generator: nn.Module) -> AuditResult:
         stream=SecureStream.from_seed(4),
         observer=ignore,
     )
-    reply = ScoreReply(study_digest="s", weights_digest="w", audit_plan_digest=PLAN.digest, histograms=histograms)
+    reply = ScoreReply(
+        study_digest="s",
+        weights_digest="w",
+        audit_plan_digest=PLAN.digest,
+        histograms=histograms,
+        ledger_head=LedgerHead(rows=1, hash="e" * 64),
+    )
     return judge(PLAN, {"site-1": reply}, ReleaseSettings())
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common.measure.audit_plan import AuditPlan, Group
-from common.protocol.messages import NoisedHistogram, ScoreReply
+from common.protocol.messages import LedgerHead, NoisedHistogram, ScoreReply
 from common.settings.study import ReleaseSettings
 from server.audit.verdict import AuditResult, Verdict, judge
 from tests.tiny_studies import tiny_audit_plan
@@ -76,7 +76,13 @@ def answer(
                     epsilon=p.epsilon_per_answer,
                 )
             )
-    return ScoreReply(study_digest="s", weights_digest="w", audit_plan_digest=p.digest, histograms=tuple(histograms))
+    return ScoreReply(
+        study_digest="s",
+        weights_digest="w",
+        audit_plan_digest=p.digest,
+        histograms=tuple(histograms),
+        ledger_head=LedgerHead(rows=1, hash="e" * 64),
+    )
 
 
 def audit(seed: int, p: AuditPlan | None = None, sites: tuple[float, ...] = (0.0, 0.0, 0.0), **facts) -> AuditResult:
