@@ -50,7 +50,7 @@ class Budget:
         return self._settings.simulated or self._store.has_ledger_key
 
     def check_witness(self, order: PaidOrder | StatementOrder, study: StudyStore, coordinator_key: str) -> None:
-        """Refuse everything while the ledger does not hold a head that it once stood at.
+        """Refuse everything while the ledger does not hold every head that it once stood at, in whatever study.
 
         A witness that is newer than the one kept is kept. Raises OrderRefused for one that the coordinator of this
         study did not sign, LedgerError when the ledger was rolled back, forked or cloned.
@@ -65,7 +65,8 @@ class Budget:
                 f"the order's witness is not signed by the coordinator that this site enrolled with, or is of another "
                 f"site ({brought.site}); nothing was done",
             )
-        self.ledger.verify(*(witness.head for witness in (brought, kept) if witness is not None))
+        in_all_studies = (other.witness() for other in self._store.studies().values())
+        self.ledger.verify(*(witness.head for witness in (brought, *in_all_studies) if witness is not None))
         if brought is not None and (kept is None or brought.head.rows > kept.head.rows):
             study.keep_witness(brought)
 

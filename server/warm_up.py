@@ -35,7 +35,7 @@ from common.generator.network import (
     weights_of,
 )
 from common.generator.weights import Weights
-from common.measure.features import CLIP_NORM, FeatureMap, clip_features, feature_map
+from common.measure.features import CLIP_NORM, FeatureMap, feature_map
 from common.privacy.mechanism import Plan
 from common.protocol.messages import RELEASE_GRID, RefusalReply, Reply, WarmUpOrder, WarmUpReply
 from common.settings.load import study_digest
@@ -49,6 +49,7 @@ WARM_UP_RECORD: Final = "warm-up"
 LATENTS: Final = 256  # whose mean features say where the public start stands
 BATCH: Final = 32  # volumes a step of the fit; in two halves, see `squared_distance`
 LABEL_WEIGHT: Final = 60.0  # of the mean squared change of the occupancies
+EVEN_SHARE: Final = 0.1  # of what is believed before looking: real scans also differ where phantoms do not
 LARGEST_SUM: Final = 1e6
 
 
@@ -201,31 +202,33 @@ def noise_of_mean(plan: Plan, reference_patients: int, *, sites: int) -> float:
 def shrunk(mean: Tensor, *, towards: Tensor, spread: Tensor, noise: float) -> Tensor:
     """The mean, drawn towards a public point as far as noise alone may have carried it away.  [Efron and Morris 1973]
 
-    Empirical Bayes: the way from the public point is Gaussian with covariance k * spread, the noise with noise^2 * I,
-    and k is what the length of the way leaves for it. Features go together (neighbouring voxels are alike), so noise
-    across what phantoms vary in is told from a shift along it. Where noise explains all of the way, the public point
-    itself; without noise, the mean itself.
+    Empirical Bayes: the way from the public point is Gaussian with a covariance in proportion to `spread`, a tenth of
+    it evenly in all directions; the noise is noise^2 * I; the proportion is what the length of the way leaves for it.
+    Features go together (neighbouring voxels are alike), so noise across what phantoms vary in is told from a
+    shift along it. Where noise explains all of the way, the public point itself; without noise, the mean itself.
 
     mean, towards: (d,) float64. spread: (d, d), covariance of the features over phantoms.
     """
     if noise == 0:
         return mean
     way = mean - towards
-    factor = float((way.square().sum() - len(way) * noise**2) / spread.trace())
-    if factor <= 0:
+    everywhere = torch.eye(len(way), dtype=torch.float64)
+    prior = (1 - EVEN_SHARE) * spread / spread.trace() + EVEN_SHARE * everywhere / len(way)
+    explained = float(way.square().sum()) - len(way) * noise**2
+    if explained <= 0:
         return towards
-    believed = factor * spread
-    unsure = believed + noise**2 * torch.eye(len(way), dtype=torch.float64)
+    believed = explained * prior
+    unsure = believed + noise**2 * everywhere
     shift: Tensor = believed @ torch.linalg.solve(unsure, way)
     return towards + shift
 
 
 def mean_features(features: FeatureMap, network: PairGenerator, seed: int) -> Tensor:
-    """(d,) float64: mean clipped features of volumes from a public seed, clipped as a patient's are."""
+    """(d,) float64: mean features of volumes from a public seed, not clipped: see `fit`."""
     rng = torch.Generator().manual_seed(seed)
     latents = torch.randn((LATENTS, network.latent_size), generator=rng)
     with torch.no_grad():
-        rows = [clip_features(features(network(batch))).double() for batch in torch.split(latents, BATCH)]
+        rows = [features(network(batch)).double() for batch in torch.split(latents, BATCH)]
     return torch.cat(rows).mean(dim=0)
 
 
@@ -241,11 +244,14 @@ def fit(
     seed: int,
     observer: Observer,
 ) -> Weights:
-    """The public start, moved until its mean clipped features are the target. target: (d,) float64.
+    """The public start, moved until its mean features are the target. target: (d,) float64.
 
     A hundred numbers say little about a network of half a million parameters, so each volume keeps its labels: the mean
     squared change of its occupancies, against the start fed with the same latent, is added to the distance. Without it
     labels crumble to where the grey values fit. Fresh latents in every step, from the seed.
+
+    Volumes are not clipped as patients are. Clipping shortens the target a little; a clipped volume could only be
+    turned, not moved, and the others would have to overshoot for it.
     """
     settings = study.warm_up
     if settings is None:
@@ -262,7 +268,7 @@ def fit(
         pairs = network(latents)
         with torch.no_grad():
             labels = before(latents)[:, 1:]
-        loss = squared_distance(clip_features(features(pairs)), wanted)
+        loss = squared_distance(features(pairs), wanted)
         loss = loss + LABEL_WEIGHT * (pairs[:, 1:] - labels).square().sum(dim=1).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

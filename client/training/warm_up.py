@@ -14,7 +14,7 @@ from torch import Tensor
 from client.cohort import Cohort
 from client.randomness import SecureStream
 from client.training.noise import noisy
-from common.measure.features import CLIP_NORM, FeatureMap, clip_features
+from common.measure.features import CLIP_NORM, FeatureMap
 from common.privacy.mechanism import GaussianRelease
 from common.protocol.messages import RELEASE_GRID
 
@@ -36,6 +36,13 @@ def clipped_sum(features: FeatureMap, cohort: Cohort) -> Tensor:
     total = torch.zeros(features.size, dtype=torch.float64)
     for patient in cohort.members:
         scans = torch.from_numpy(cohort.scans(patient).astype(np.float32))
-        mean = features(scans).double().mean(dim=0, keepdim=True)
-        total += clip_features(mean)[0]
+        total += clip_patient(features(scans).double().mean(dim=0))
     return total
+
+
+def clip_patient(features: Tensor) -> Tensor:
+    """(d,) -> (d,): bounded to L2 norm <= CLIP_NORM; zero when it is not finite, or its NaN would name its patient."""
+    if not features.isfinite().all():
+        return torch.zeros_like(features)
+    length: Tensor = features.norm()
+    return features * (CLIP_NORM / length.clamp(min=CLIP_NORM))

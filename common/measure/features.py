@@ -10,8 +10,8 @@ map itself also fixes what is asked before anybody has looked.
     volumes       how large each label is: soft bins on a logarithmic scale
 
 Everything is taken at half resolution and is differentiable, so that a generator can be fitted to the answer. Features
-are measured from the phantoms' mean in units of the phantoms' spread, and the whole vector in units of a length that
-few phantoms exceed: one clip norm then fits all studies.
+are measured from the phantoms' mean in units of the phantoms' spread, and the whole vector in units of the phantoms'
+median length: one clip norm then fits all studies.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SEED = 20_260_003  # of those phantoms; a campaign's own seeds are hashed to 48
 _LABEL_EMPHASIS = 2.0  # occupancies count twice in the components
 _SMALLEST_VOLUME = 1e-4  # of the grid: lower end of the volume bins; the upper end is 1
 _LEAST_SPREAD = 0.3  # of its block's median: a grey value that phantoms hardly have must not drown the others
-_ROOM = 1.5  # clip norm in units of the phantoms' median length: few patients are clipped, see decision 0011
+_ROOM = 1.0  # clip norm in units of the phantoms' median length, see decision 0011
 _BATCH = 64
 
 
@@ -97,17 +97,6 @@ def _feature_map(text: str) -> FeatureMap:
         scale=scale * unit,
         spread=torch.cov((standard / unit).double().T).reshape(len(centre), -1),
     )
-
-
-def clip_features(features: Tensor) -> Tensor:
-    """(N, d) -> (N, d): each row bounded to L2 norm <= CLIP_NORM; one that is not finite becomes zero.
-
-    Differentiable, because a generator is compared with patients that were clipped.
-    """
-    finite = features.isfinite().all(dim=1, keepdim=True)  # (N, 1)
-    rows = torch.where(finite, features, 0.0)
-    norms: Tensor = rows.norm(dim=1, keepdim=True)  # (N, 1)
-    return rows * (CLIP_NORM / norms.clamp(min=CLIP_NORM))
 
 
 def _raw(pairs: Tensor, settings: WarmUpSettings, mean: Tensor, components: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from tests.benchmarks.report import markdown, write_results
 
 BENCHMARKS = {
     "accountants": "epsilon by several accountants, the noise that targets need, and the published example",
+    "dp_step": "a critic's step with patient-level privacy beside the plain step, Opacus and other ways",
     "simulation": "what the in-process federation costs beyond the sites' training",
     "utility": "Dice on real held-out patients of segmenters trained on synthetic scans, and of peers",
 }

@@ -187,9 +187,8 @@ def source_digest() -> str:
     sites, coordinator = Path(client.__path__[0]), Path(server.__path__[0])
     shared = _modules(Path(common.__path__[0]), (*_WARM_START_PACKAGES, "measure", "privacy"))
     trained = [*sorted((sites / "training").rglob("*.py")), sites / "cohort.py", sites / "randomness.py"]
-    return _with_sources(
-        hashlib.sha256(), [*shared, *trained, coordinator / "round.py", coordinator / "aggregation.py"]
-    )
+    combined = [coordinator / f"{name}.py" for name in ("round", "aggregation", "warm_up")]
+    return _with_sources(hashlib.sha256(), [*shared, *trained, *combined])
 
 
 def _modules(root: Path, packages: Sequence[str]) -> list[Path]:

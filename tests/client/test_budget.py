@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from small_site import (
     COORDINATOR,
     NOW,
+    STUDY,
     STUDY_DIGEST,
     QuickWork,
     enrol_order,
@@ -40,6 +41,7 @@ from common.protocol.messages import (
     TrainReply,
     UtilityReply,
 )
+from common.settings.load import study_digest
 
 
 def enrolled(folder, work=None, **changes):
@@ -163,6 +165,18 @@ def test_a_rolled_back_ledger_is_refused_by_the_kept_witness_when_the_coordinato
     assert refusal(open_site(tmp_path).handle(train_order(3))) is RefusalCode.LEDGER
 
 
+def test_a_ledger_that_was_rolled_back_is_refused_in_the_next_study_too(tmp_path):
+    second = STUDY.model_copy(update={"study": "second"})
+    digest = study_digest(second)
+    site = enrolled(tmp_path, allowed=policy(studies=(STUDY_DIGEST, digest)))
+    head = site.handle(train_order(1)).ledger_head
+    site.handle(witnessed(train_order(2), head))
+    assert isinstance(site.handle(enrol_order(second)), EnrolReply)
+    (tmp_path / "ledger.sqlite").unlink()
+    again = open_site(tmp_path, allowed=policy(studies=(STUDY_DIGEST, digest)))
+    assert refusal(again.handle(train_order(1, study_digest=digest))) is RefusalCode.LEDGER
+
+
 def test_a_ledger_begun_anew_is_refused(tmp_path):
     site = enrolled(tmp_path)
     head = site.handle(train_order(1)).ledger_head
@@ -246,6 +260,7 @@ def test_an_order_that_fails_before_data_are_touched_costs_nothing(tmp_path):
 def test_an_order_that_fails_once_data_were_touched_has_been_spent(tmp_path):
     site = enrolled(tmp_path, QuickWork(fails=RuntimeError("out of memory")))
     assert refusal(site.handle(train_order())) is RefusalCode.INTERNAL
+    assert '"detail": "out of memory"' in site_log(tmp_path)  # and not that it could not be given back
     assert [entry.state for entry in spent(tmp_path)] == [EntryState.SPENT]
     assert len(site.handle(statement_order()).members) == 1
 

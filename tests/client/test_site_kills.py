@@ -208,7 +208,7 @@ def kill_again_and_again(folder: Path, kills: int, kill: Callable[[Hospital], in
 
 def test_a_site_killed_between_its_writes_never_under_counts_and_goes_on(tmp_path):
     dice = np.random.default_rng(1)
-    kill_again_and_again(tmp_path, 10, lambda hospital: killed_at_event(hospital, int(dice.integers(1, 400))))
+    kill_again_and_again(tmp_path, 6, lambda hospital: killed_at_event(hospital, int(dice.integers(1, 400))))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,14 @@ def test_release_of_more_than_the_studys_share_is_refused_even_within_the_target
     site.handle(enrol_order(small))
     assert refusal(site.handle(warm_up_order(small))) is RefusalCode.POLICY
     assert "more than the study's share of 0.3" in site_log(tmp_path)
+
+
+def test_least_noise_of_the_policy_holds_for_the_release_as_well(tmp_path):
+    site = enrolled(tmp_path, allowed=allowed(minimum_noise=3.5))
+    quiet = replace(loud(4.0), warm_up=GaussianRelease(noise_multiplier=3.0))
+    assert refusal(site.handle(warm_up_order(WARMED, plan=quiet))) is RefusalCode.POLICY
+    assert "noise multiplier 3 is below `minimum_noise` 3.5" in site_log(tmp_path)
+    assert isinstance(site.handle(warm_up_order(WARMED, plan=loud(4.0))), WarmUpReply)
 
 
 def test_training_under_a_plan_without_the_warm_up_of_the_study_is_refused(tmp_path):

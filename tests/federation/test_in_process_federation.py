@@ -1,5 +1,6 @@
 """Three hospitals in one process, by the real apps: what is left behind, and what a stop or a refusal changes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ from tiny_federation import answers, federate, generator_digest, kinds
 
 from common.errors import IntegrityError, Unreachable
 from common.evidence.predicate import Outcome
+from common.privacy.ledger import Ledger
+from common.protocol.messages import LedgerHead
 from common.telemetry.events import Event, RoundFinished, StageFinished
 from server.run_folder import RunFolder, RunState, read_decision
 
@@ -54,6 +57,7 @@ def test_everything_the_contract_names_lies_in_the_run_folder(finished: RunFolde
         "audit/answers.json",
         "audit/result.json",
         "utility.json",
+        "witness.json",
         "report.html",
         "summary.md",
         "release/decision.json",
@@ -70,6 +74,15 @@ def test_the_audit_plan_is_in_the_evidence_before_any_answer(finished: RunFolder
     order = kinds(finished)
     assert order.index("enrolment") < order.index("round") < order.index("audit-plan") < order.index("audit-answers")
     assert order[-1] == "decision"
+
+
+def test_every_head_that_was_countersigned_is_in_its_sites_ledger(finished: RunFolder):
+    witnessed = json.loads(finished.witness.read_text())
+    assert set(witnessed) == set(finished.facts.sites)
+    for site, seen in witnessed.items():
+        heads = [LedgerHead(**witness["head"]) for witness in seen]
+        assert len(heads) > finished.study.training.rounds  # each round, the audit, the answers
+        Ledger(finished.sites / site / "ledger.sqlite").verify(*heads)
 
 
 def test_no_site_failed_on_the_way(finished: RunFolder):

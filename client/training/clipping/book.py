@@ -96,7 +96,7 @@ class Book:
             for s in self._segments:
                 squares = gram_squares(geometry, _single(x[s.rows]), _single(g[s.rows]), s.patients)
                 self._add(s.first_patient, squares)
-            self._pairs.append(Pair(target=target, geometry=geometry, x=x, g=g))
+            self._pairs.append(Pair(target=target, geometry=geometry, x=x.detach(), g=g))
             return
         made = [
             patient_gradients(
@@ -118,6 +118,7 @@ class Book:
         for (number, rows), own in zip(pulled, public_parts, strict=True):
             self._keep(Kept(number=number, patients=rows, public=own))
 
+    @torch.no_grad()  # what a layer saw still hangs on the critic's graph
     def sums(self, clip_norms: Tensor, weights: Tensor) -> dict[int, Tensor]:
         """Parameter number -> (n,): the weighted sum of clipped patients, plus public rows.
 

@@ -73,7 +73,7 @@ class PatientClipper:
                     found[number].flatten() if number in found else p.new_zeros(p.numel())
                     for number, p in enumerate(parameters.values())
                 ]
-            ).detach()
+            )
             total = flat if total is None else total.add_(flat)
         return total if total is not None else first.new_zeros(sum(p.numel() for p in parameters.values()))
 

@@ -234,7 +234,7 @@ def squares_of_rows(rows: Tensor) -> Tensor:
     """
     n = rows.shape[1]
     tail = n % 1024
-    blocks = rows[:, : n - tail].reshape(len(rows), -1, 1024) if n > tail else rows[:, None, :0]
+    blocks = rows[:, : n - tail].reshape(len(rows), n // 1024, 1024)
     inner: Tensor = torch.linalg.vector_norm(blocks, dim=2).double().square().sum(dim=1)
     return inner + rows[:, n - tail :].double().square().sum(dim=1)
 

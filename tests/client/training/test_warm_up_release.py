@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from client.cohort import Cohort, commit_split
 from client.randomness import SecureStream
-from client.training.warm_up import clipped_sum, release
+from client.training.warm_up import clip_patient, clipped_sum, release
 from common.measure.features import CLIP_NORM
 from common.phantom.draw import public_phantoms
 from common.privacy.mechanism import GaussianRelease
@@ -31,6 +31,20 @@ def cohort(members: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray] |
 
 def members(count: int) -> dict[str, np.ndarray]:
     return {f"p{i}": SCANS[i] for i in range(count)}
+
+
+@pytest.mark.parametrize(
+    ("features", "clipped"),
+    [
+        ((0.3, 0.4), (0.3, 0.4)),
+        ((30.0, 40.0), (0.6, 0.8)),
+        ((np.nan, 0.1), (0, 0)),
+        ((np.inf, 0), (0, 0)),
+        ((0, 0), (0, 0)),
+    ],
+)
+def test_short_vectors_stay_long_ones_are_bounded_and_broken_ones_are_silent(features, clipped) -> None:
+    assert clip_patient(torch.tensor(features).double()).tolist() == pytest.approx(clipped)
 
 
 @settings(max_examples=25, deadline=None)

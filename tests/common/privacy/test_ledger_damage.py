@@ -16,6 +16,7 @@ from ledgers import (
     change,
     copy_to,
     count_rows,
+    forge,
     new_ledger,
     reserve,
     spent,
@@ -58,27 +59,13 @@ def test_an_edited_removed_or_moved_row_stops_the_ledger(tmp_path, tampering):
             use()
 
 
-def forge(folder, kind: str, reserves: int) -> None:
-    """Somebody who knows how rows are hashed adds one at the end."""
-    from common.privacy.ledger_rows import row_hash
-
-    connection = sqlite3.connect(folder / "ledger.sqlite")
-    connection.row_factory = sqlite3.Row
-    last = dict(connection.execute("SELECT * FROM ledger ORDER BY seq DESC LIMIT 1").fetchone())
-    row = {**last, "seq": last["seq"] + 1, "kind": kind, "reserves": reserves, "prev_hash": last["hash"]}
-    row["hash"] = row_hash({name: value for name, value in row.items() if name != "hash"})
-    connection.execute(f"INSERT INTO ledger ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", [*row.values()])  # noqa: S608
-    connection.commit()
-    connection.close()
-
-
 @pytest.mark.parametrize(
     ("kind", "reserves"),
     [("unused", 2), ("done", 2), ("spend", 2), ("commit", 2), ("open", 2), ("unused", 99), ("refund", 2)],
 )
 def test_a_well_hashed_row_that_contradicts_the_rows_before_it_is_found(tmp_path, kind, reserves):
     work(new_ledger(tmp_path))  # row 2 is reserved, spent and done
-    forge(tmp_path, kind, reserves)
+    forge(tmp_path, kind=kind, reserves=reserves)
     with pytest.raises(LedgerError, match=rf"contradicts itself: row 5 \({kind}\)"):
         new_ledger(tmp_path)
 

@@ -11,9 +11,9 @@ from ledgers import (
     ROUND,
     cap,
     change,
-    copy_to,
     count_rows,
     die_before,
+    forge,
     ledger_of_the_first_schema,
     new_ledger,
     reserve,
@@ -25,6 +25,7 @@ from common.errors import BudgetExhausted, LedgerError
 from common.privacy.ledger import Outcome
 from common.privacy.ledger_rows import ROWS, EntryState
 from common.privacy.mechanism import NoisedCounts
+from common.privacy.mechanism_json import mechanism_json
 from common.protocol.messages import LedgerHead
 
 # What the first version itself said about this ledger.
@@ -76,19 +77,19 @@ def test_an_edited_old_row_is_found_before_and_after_the_upgrade(tmp_path, seq):
             new_ledger(folder)
 
 
-def test_an_old_row_cannot_be_added_once_the_ledger_is_upgraded(tmp_path):
-    """Rows of the first schema carry no cohort; a forger would like to write such rows again."""
-    ledger_of_the_first_schema(tmp_path)
-    copy_to(tmp_path, tmp_path / "old")
-    new_ledger(tmp_path)
-    change(tmp_path, "DELETE FROM ledger WHERE seq = 10")
-    change(
-        tmp_path,
-        "INSERT INTO ledger SELECT seq + 9, time, kind, study, cohort, key, mechanism, reserves, prev_hash, hash, rule,"
-        " fingerprint FROM ledger WHERE seq = 1",
-    )
-    with pytest.raises(LedgerError):
-        new_ledger(tmp_path)
+def test_a_row_of_the_old_kind_cannot_be_added_once_the_ledger_is_upgraded(tmp_path):
+    """Rows of the first schema name no patients; a forger would like to write such rows again."""
+    for well_formed, rule in ((True, 2), (False, 1)):
+        folder = tmp_path / str(rule)
+        folder.mkdir()
+        ledger_of_the_first_schema(folder)
+        new_ledger(folder)
+        forge(folder, kind="reserve", study="a", cohort="members", key="k", mechanism=mechanism_json(ROUND), rule=rule)
+        if well_formed:
+            new_ledger(folder).verify(FIRST_HEAD)
+        else:
+            with pytest.raises(LedgerError, match="contradicts itself: row 11"):
+                new_ledger(folder)
 
 
 def test_a_kill_at_any_statement_of_an_upgrade_leaves_the_old_ledger_or_the_new_one(tmp_path):
