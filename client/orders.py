@@ -101,9 +101,7 @@ def check_public(order: EnrolOrder, study: Study) -> None:
         raise OrderRefused(RefusalCode.DIGEST, f"public weights do not fit the study: {error}") from error
 
 
-def check_content(
-    order: PaidOrder, study: Study, *, start: Weights, last_round: int, released: bool = False
-) -> None:
+def check_content(order: PaidOrder, study: Study, *, start: Weights, last_round: int, released: bool = False) -> None:
     """Refuse what is stale or is not what its digest says.
 
     start: the public generator of the enrolment; its names and shapes are the study's. last_round: last one done, or 0.

@@ -242,9 +242,7 @@ def _warm_up(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrol
     return warmed
 
 
-def _train(
-    campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolment, warmed: WarmedUp | None
-) -> Trained:
+def _train(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolment, warmed: WarmedUp | None) -> Trained:
     """Stage (4)."""
     digest = study_digest(campaign.study)
     store = CheckpointStore(campaign.run.checkpoints, study_digest=digest)

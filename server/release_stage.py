@@ -37,8 +37,8 @@ from server.audit.report import render_report, render_summary
 from server.audit.result import AuditResult
 from server.checkpoint import RoundRecord
 from server.enrolment import Enrolment
-from server.federation_epsilon import FederationEpsilon, federation_epsilon
 from server.evidence_log import append_once, last_record
+from server.federation_epsilon import FederationEpsilon, federation_epsilon
 from server.release.bundle import (
     Dossier,
     candidates_digest,

@@ -18,7 +18,12 @@ PLACES = (
     ("training", "critic_steps_per_round"),
     ("training", "critic_steps_per_generator_step"),
 )
-_NEEDED = (("privacy", "target_epsilon"), ("privacy", "delta"), ("privacy", "reference_patients"), ("training", "rounds"))
+_NEEDED = (
+    ("privacy", "target_epsilon"),
+    ("privacy", "delta"),
+    ("privacy", "reference_patients"),
+    ("training", "rounds"),
+)
 
 
 def fill(content: Mapping[str, object], name: str) -> dict[str, object]:

@@ -109,6 +109,22 @@ class _GroupNorm(torch.autograd.Function):
         return (dx, *[None] * 5)
 
 
+class _Affine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _: Tensor, watch: Watch, use: Use) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.watch, ctx.use = watch, use
+        y = x * _by_channel(use.weight, x)
+        return y if use.bias is None else y.add_(_by_channel(use.bias, x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        _norm_vectors(ctx.watch, ctx.use, _over_places(g * x), _over_places(g))
+        return (g * _by_channel(ctx.use.weight, g) if ctx.needs_input_grad[0] else None, *[None] * 3)
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0917 - torch calls it
@@ -149,7 +165,7 @@ class _PReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, slope = ctx.saved_tensors
-        per_channel = slope.view(-1, *[1] * (x.ndim - 2)) if x.ndim > 1 else slope
+        per_channel = _by_channel(slope, x) if x.ndim > 1 else slope
         slopes = _over_places(g * x.clamp(max=0.0))  # (N, C)
         (number,) = ctx.use.target.numbers
         ctx.watch.book.vector(number, slopes if slope.numel() > 1 else slopes.sum(dim=1, keepdim=True))
@@ -242,10 +258,11 @@ def _instance_norm(  # noqa: PLR0917 - torch's signature
     momentum: float = 0.1,  # noqa: ARG001 - of running statistics, which are refused
     eps: float = 1e-5,
 ) -> Tensor | None:
-    """A group norm with one group a channel."""
-    if running_mean is not None or running_var is not None or not use_input_stats:
+    """The norm by torch's own kernel, which no group norm matches to the last digits, then the recorded affine."""
+    use = watch.use(weight, bias)
+    if use is None or running_mean is not None or running_var is not None or not use_input_stats:
         return None
-    return _group_norm(watch, input, input.shape[1], weight, bias, eps)
+    return _run(_Affine, watch, F.instance_norm(input.to(use.weight.dtype), eps=eps), use)
 
 
 def _layer_norm(  # noqa: PLR0917 - torch's signature
@@ -326,6 +343,11 @@ def _padded_by_name(x: Tensor, name: str, kernel: Sequence[int], dilation: Seque
     if any(n % 2 for n in whole):
         x = F.pad(x, [p for n in reversed(whole) for p in (0, n % 2)])
     return x, [n // 2 for n in whole]
+
+
+def _by_channel(vector: Tensor, x: Tensor) -> Tensor:
+    """(C,) -> (C, 1, ...), to go with (N, C, ...)."""
+    return vector.view(-1, *[1] * (x.ndim - 2))
 
 
 def _format(x: Tensor) -> torch.memory_format:
