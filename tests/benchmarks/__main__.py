@@ -35,7 +35,13 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.update(ENVIRONMENT)  # before Flower is imported
     quieten_libraries()
     drop_logs()
-    options = Options(seeds=chosen.seeds, cache=chosen.cache, quick=chosen.quick, studies=chosen.studies)
+    options = Options(
+        seeds=chosen.seeds,
+        cache=chosen.cache,
+        quick=chosen.quick,
+        studies=chosen.studies,
+        cases=tuple(chosen.case),
+    )
     for name in chosen.names or BENCHMARKS:
         began = time.monotonic()
         rows = importlib.import_module(f"tests.benchmarks.{name}").run(options)
@@ -50,18 +56,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds",
         type=int,
-        default=int(os.environ.get("CONSILIUM_BENCH_SEEDS", "2")),
-        help="segmenter seeds of `utility` (2, or CONSILIUM_BENCH_SEEDS)",
+        default=int(os.environ.get("CONSILIUM_BENCH_SEEDS", "3")),
+        help="seeds of `utility` (3, or CONSILIUM_BENCH_SEEDS)",
     )
     cache = os.environ.get("CONSILIUM_BENCH_CACHE")
     parser.add_argument(
         "--cache",
         type=Path,
         default=Path(cache) if cache else None,
-        help="folder where warm starts are kept between runs (none, or CONSILIUM_BENCH_CACHE)",
+        help="folder where public starts and Dice are kept between runs (none, or CONSILIUM_BENCH_CACHE)",
     )
     parser.add_argument("--studies", type=Path, default=STUDIES, help="folder of hippocampus.yaml and its variants")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", help="folder of the JSON files")
+    parser.add_argument(
+        "--case", action="append", default=[], help="of `utility`: only cases that begin so; repeatable"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run on phantoms; its numbers mean nothing")
     return parser
 

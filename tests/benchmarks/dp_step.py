@@ -39,12 +39,9 @@ TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000
 SETTINGS = (
     Setting(size=32, patients=32),
     Setting(size=64, patients=8),
-    Setting(size=32, patients=32, kernel=3),
-    Setting(size=64, patients=8, kernel=3),
     Setting(size=32, patients=32, width=2),
-    Setting(size=32, patients=32, width=8),
     Setting(size=64, patients=8, width=2),
-    Setting(size=64, patients=8, width=8),
+    Setting(size=32, patients=32, width=8),
 )
 GROWTH = (
     Setting(size=32, patients=8),

@@ -14,15 +14,21 @@ HIPPOCAMPUS = Path("segmentation") / "msd_task04_hippocampus"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """seeds: of the segmenters. cache: folder where warm starts are kept between runs, None keeps none.
+    """seeds: of `utility`. cache: folder where public starts and Dice are kept between runs, None keeps none.
 
     quick: a smoke run that measures nothing worth reading. studies: folder of the study files.
+    cases: beginnings of the names of cases to measure; all when empty.
     """
 
-    seeds: int = 2
+    seeds: int = 3
     cache: Path | None = None
     quick: bool = False
     studies: Path = STUDIES
+    cases: tuple[str, ...] = ()
+
+    def wants(self, case: str) -> bool:
+        """Whether this case is to be measured."""
+        return not self.cases or case.startswith(self.cases)
 
 
 def data_folder() -> Path:
