@@ -57,8 +57,8 @@ def run(options: Options) -> list[Row]:
     """Measure every setting with its peers, and growth for ours and the plain step."""
     if options.quick:
         return [row for setting in QUICK for row in _rows(setting, peers=True, rounds=2)]
-    rows = [row for setting in SETTINGS for row in _rows(setting, peers=True, rounds=ROUNDS)]
-    return rows + [row for setting in GROWTH for row in _rows(setting, peers=False, rounds=ROUNDS)]
+    wanted = [(setting, setting in SETTINGS) for setting in (*SETTINGS, *GROWTH) if options.wants(setting.case)]
+    return [row for setting, peers in wanted for row in _rows(setting, peers=peers, rounds=ROUNDS)]
 
 
 def _rows(setting: Setting, *, peers: bool, rounds: int) -> list[Row]:
