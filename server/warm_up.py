@@ -3,7 +3,7 @@
 (1) one `WarmUpOrder` for all: the plan, and how many numbers it asks for
 (2) validate each answer; below the quorum nothing is used
 (3) add up, divide by public constants, and shrink towards what the public start gives already
-(4) fit the public start to that target, while its labels stay near what they were
+(4) unless noise explains most of the answer, fit the public start to it, while its labels stay near what they were
 (5) store and record: what was answered, and what came of it
 
 Nothing after (1) touches data: the sums are private already, and the fit may take as many steps as it likes. What is on
@@ -49,6 +49,7 @@ WARM_UP_RECORD: Final = "warm-up"
 LATENTS: Final = 256  # whose mean features say where the public start stands
 BATCH: Final = 32  # volumes a step of the fit; in two halves, see `squared_distance`
 LABEL_WEIGHT: Final = 60.0  # of the mean squared change of the occupancies
+LEAST_SIGNAL: Final = 0.5  # of the answer's way from the public start; below it the start is kept
 EVEN_SHARE: Final = 0.1  # of what is believed before looking: real scans also differ where phantoms do not
 LARGEST_SUM: Final = 1e6
 
@@ -95,7 +96,9 @@ def warm_up(
             spread=features.spread,
             noise=noise_of_mean(plan, study.privacy.reference_patients, sites=len(sums)),
         )
-        generator = fit(study, features, start=start, target=target, seed=seed, observer=observer)  # (4)
+        generator = start  # (4)
+        if not torch.equal(target, stands):
+            generator = fit(study, features, start=start, target=target, seed=seed, observer=observer)
         save_weights(fitted, generator)
     append_once(  # (5)
         chain,
@@ -205,7 +208,8 @@ def shrunk(mean: Tensor, *, towards: Tensor, spread: Tensor, noise: float) -> Te
     Empirical Bayes: the way from the public point is Gaussian with a covariance in proportion to `spread`, a tenth of
     it evenly in all directions; the noise is noise^2 * I; the proportion is what the length of the way leaves for it.
     Features go together (neighbouring voxels are alike), so noise across what phantoms vary in is told from a
-    shift along it. Where noise explains all of the way, the public point itself; without noise, the mean itself.
+    shift along it. Where noise explains half of the way or more, the public point itself: a generator fitted to
+    mostly noise is worse than one that was never fitted. Without noise, the mean itself.
 
     mean, towards: (d,) float64. spread: (d, d), covariance of the features over phantoms.
     """
@@ -214,8 +218,9 @@ def shrunk(mean: Tensor, *, towards: Tensor, spread: Tensor, noise: float) -> Te
     way = mean - towards
     everywhere = torch.eye(len(way), dtype=torch.float64)
     prior = (1 - EVEN_SHARE) * spread / spread.trace() + EVEN_SHARE * everywhere / len(way)
-    explained = float(way.square().sum()) - len(way) * noise**2
-    if explained <= 0:
+    length = float(way.square().sum())
+    explained = length - len(way) * noise**2
+    if explained <= LEAST_SIGNAL * length:
         return towards
     believed = explained * prior
     unsure = believed + noise**2 * everywhere

@@ -166,13 +166,21 @@ def test_shrinking_removes_what_noise_explains_and_keeps_what_it_does_not():
     assert torch.allclose(shrunk(far, towards=PUBLIC, spread=ALIKE, noise=0.1), far, rtol=0.01)
 
 
+def test_an_answer_that_is_mostly_noise_leaves_the_public_start():
+    """A generator fitted to noise is worse than one that was never fitted."""
+    size = len(PUBLIC)
+    way = torch.full((size,), 0.1, dtype=torch.float64)  # its square is what noise of 0.1 explains alone
+    assert torch.equal(shrunk(PUBLIC + 1.4 * way, towards=PUBLIC, spread=ALIKE, noise=0.1), PUBLIC)
+    assert not torch.equal(shrunk(PUBLIC + 1.5 * way, towards=PUBLIC, spread=ALIKE, noise=0.1), PUBLIC)
+
+
 def test_without_noise_or_without_a_way_nothing_is_shrunk():
     assert torch.equal(shrunk(noise(1), towards=PUBLIC, spread=ALIKE, noise=0.0), noise(1))
     assert torch.equal(shrunk(PUBLIC, towards=PUBLIC, spread=ALIKE, noise=0.1), PUBLIC)
 
 
 def test_shrunk_target_is_nearer_to_the_truth_than_the_answer_and_than_a_common_factor_could_bring_it():
-    truth = torch.full((40,), 0.1, dtype=torch.float64)
+    truth = torch.full((40,), 0.2, dtype=torch.float64)
     answers = [truth + noise(seed) for seed in range(100)]
     found = [shrunk(answer, towards=PUBLIC, spread=ALIKE, noise=0.1) for answer in answers]
     plain = np.mean([float((answer - truth).square().sum()) for answer in answers])
