@@ -66,7 +66,9 @@ class Budget:
                 f"site ({brought.site}); nothing was done",
             )
         in_all_studies = (other.witness() for other in self._store.studies().values())
-        self.ledger.verify(*(witness.head for witness in (brought, *in_all_studies) if witness is not None))
+        witnessed = [witness.head for witness in (brought, *in_all_studies) if witness is not None]
+        own = self._store.own_head()
+        self.ledger.verify(*witnessed, *([] if own is None else [own]))
         if brought is not None and (kept is None or brought.head.rows > kept.head.rows):
             study.keep_witness(brought)
 
@@ -88,7 +90,7 @@ class Budget:
             )
             for cohort, key, mechanism in charges(order, study)
         ]
-        reserved = _Reserved(self.ledger, self.ledger.reserve(wanted, self.cap(study)))
+        reserved = _Reserved(self.ledger, self.ledger.reserve(wanted, self.cap(study)), self._store)
         try:
             yield reserved
         except Exception:
@@ -119,15 +121,18 @@ class Budget:
 class _Reserved:
     """The reservations of one order."""
 
-    def __init__(self, ledger: Ledger, entries: tuple[int, ...]) -> None:
+    def __init__(self, ledger: Ledger, entries: tuple[int, ...], store: SiteStore) -> None:
         self._ledger = ledger
         self._entries = entries
+        self._store = store
         self._touched = False
 
     def spend(self) -> LedgerHead:
         """Note that data are about to be touched; returns where the ledger stands, for the reply."""
         self._touched = True  # first: a failure to write it down must not give anything back
-        return self._ledger.spend(self._entries)
+        head = self._ledger.spend(self._entries)
+        self._store.keep_own_head(head)
+        return head
 
     def done(self) -> None:
         """Note that the answer is stored."""

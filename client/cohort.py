@@ -54,11 +54,15 @@ class Split:
         object.__setattr__(self, "salts", MappingProxyType(dict(self.salts)))
 
 
-def draw_holdout(patients: Sequence[str], fraction: float, stream: SecureStream) -> Split:
+def draw_holdout(
+    patients: Sequence[str], fraction: float, stream: SecureStream, *, salts: SecureStream | None = None
+) -> Split:
     """Hold each patient out with probability `fraction`, independently, and commit to the draw.
 
     A patient's coin and salt depend on the stream's key and on that patient alone: adding or removing
     another patient changes nobody else's side. Either side may come out empty; who needs patients checks.
+    salts: a stream of the study's own, so that two studies of the same patients commit to different values: whether
+    the commitment is the same would tell whether anybody came or went. `stream` when left out.
     Raises ValueError when a patient is listed twice or the fraction is outside (0, 1).
     """
     if not 0 < fraction < 1:
@@ -66,7 +70,7 @@ def draw_holdout(patients: Sequence[str], fraction: float, stream: SecureStream)
     if len(set(patients)) != len(patients):
         raise ValueError("a patient is listed twice")
     held_out = {p for p in patients if stream.fork("holdout", p).bernoulli(1, fraction)[0]}
-    return commit_split([p for p in patients if p not in held_out], sorted(held_out), stream)
+    return commit_split([p for p in patients if p not in held_out], sorted(held_out), salts or stream)
 
 
 def commit_split(members: Sequence[str], nonmembers: Sequence[str], stream: SecureStream) -> Split:
@@ -229,7 +233,8 @@ def read_identity(path: Path) -> CohortIdentity:
 
 _DAMAGED = (
     "the stored cohort is truncated or altered; nothing was loaded. "
-    "Delete the site's stored cohort only if no round was held yet: the hold-out is committed in it."
+    "Restore it from a backup. If no round was held yet, remove this study's whole folder under state/studies and "
+    "enrol again; the hold-out is committed in it."
 )
 
 

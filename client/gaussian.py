@@ -46,7 +46,9 @@ class BoxMuller:
         np.copyto(radius, spare, casting="unsafe")
         radius += 0.5
         radius *= 2.0**-SPARE_BITS
-        radius += np.abs(signed, out=normals[:half])
+        radius += signed  # before the sign is taken off: both halves of the circle then have the same radii
+        np.copyto(signed, radius)
+        np.abs(radius, out=radius)
         radius *= UNIT
         np.log(radius, out=radius)
         radius *= -2.0 * deviation**2
@@ -91,8 +93,8 @@ def _polynomial(x: Floats, coefficients: tuple[float, ...], *, out: Floats) -> F
 def normals_on_device(words: Tensor, deviation: float) -> Tensor:
     """The same normals, up to the last digits, from (2m,) int64 words on any device."""
     half = len(words) // 2
-    signed, spare = words[:half].double(), words[half:].bitwise_and(2**SPARE_BITS - 1).double()
-    uniform = ((spare + 0.5) * 2.0**-SPARE_BITS + signed.abs()) * UNIT
-    radius = torch.copysign(torch.sqrt(-2.0 * deviation**2 * torch.log(uniform)), signed)
+    spare = words[half:].bitwise_and(2**SPARE_BITS - 1).double()
+    signed = words[:half].double() + (spare + 0.5) * 2.0**-SPARE_BITS
+    radius = torch.copysign(torch.sqrt(-2.0 * deviation**2 * torch.log(signed.abs() * UNIT)), signed)
     angle = words[half:].double() * (math.pi / 2 * UNIT)
     return torch.cat([torch.cos(angle) * radius, torch.sin(angle) * radius])

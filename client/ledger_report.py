@@ -101,7 +101,9 @@ def read_report(site_file: Path, *, what_if: Path | None, verify: bool, noted: L
     path = folder / LEDGER_FILE
     if not path.exists():
         if _witnessed_heads(store):
-            raise LedgerError(f"the ledger {path} is missing, and a coordinator saw it: restore the newest copy.")
+            raise LedgerError(
+                f"the ledger {path} is missing, and this site has spent from it: restore the newest copy."
+            )
         raise UsageError(f"{settings.site} has no ledger yet ({path}): it has spent nothing.")
     budget = Budget(settings, policy, store, ledger_file=path, now=utc_now)
     ledger = budget.ledger if budget.has_key else Ledger(path)  # without the key: read, not bound to this site
@@ -132,8 +134,9 @@ def _readable_studies(store: SiteStore) -> dict[str, Study]:
 
 
 def _witnessed_heads(store: SiteStore) -> list[LedgerHead]:
-    """Heads that were countersigned and kept. Raises LedgerError for one that the coordinator did not sign."""
-    heads = []
+    """The site's own last head, and those countersigned. Raises LedgerError for one that no coordinator signed."""
+    own = store.own_head()
+    heads = [] if own is None else [own]
     for digest, study in store.studies().items():
         witness = study.witness()
         if witness is None:

@@ -6,6 +6,7 @@ with the study that the hospital approved by its digest. Nothing here looks at d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import assert_never
@@ -103,6 +104,8 @@ def _plan_objections(plan: Plan, policy: SitePolicy, study: Study) -> Iterator[s
         yield f"the plan protects a {mechanism.unit.value}, not a patient"
     if mechanism.steps > policy.maximum_steps:
         yield f"{mechanism.steps} steps are above `maximum_steps` {policy.maximum_steps}"
+    if plan_facts(plan) != study_facts(study) or mechanism.steps > policy.maximum_steps:
+        return  # nor is a stranger's number of steps accounted for: that could take all memory
     for part in plan.mechanisms:
         if part.noise_multiplier < policy.minimum_noise and not (
             part.noise_multiplier == 0 and policy.research_answers
@@ -115,8 +118,9 @@ def _plan_objections(plan: Plan, policy: SitePolicy, study: Study) -> Iterator[s
     if plan.warm_up is not None and study.warm_up is not None and plan.target_epsilon is not None:
         share = study.warm_up.share * plan.target_epsilon
         released = epsilon([plan.warm_up], plan.delta).upper
-        if released > share * (1 + 1e-6):
-            yield f"the warm-up spends epsilon {released:.4f}, more than the study's share of {share:g}"
+        # Neither more nor less: a plan that understates the warm-up leaves training more than its part of the target.
+        if not math.isclose(released, share, rel_tol=1e-6):
+            yield f"the warm-up spends epsilon {released:.4f}, not the study's share of {share:g}"
 
 
 def plan_facts(plan: Plan) -> dict[str, float | None]:

@@ -62,9 +62,9 @@ class SecureStream:
         return self._encryptor.update(bytes(n))
 
     def uniform(self, n: int) -> NDArray[np.float64]:
-        """(n,) float64 uniform on the open interval (0, 1), 53 bits each."""
+        """(n,) float64 uniform on the open interval (0, 1), 52 bits each: with 53 the largest would round to one."""
         words = np.frombuffer(self.bytes(8 * n), dtype="<u8")
-        return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def normal(self, n: int) -> NDArray[np.float64]:
         """(n,) float64 standard normal."""
@@ -87,8 +87,12 @@ class SecureStream:
 
     def normal_on(self, device: torch.device, n: int, *, deviation: float) -> Tensor:
         """(n,) float64 normals on a device; the keystream is made on the processor and copied there."""
-        words, count = next(self._words(n, (n + 1) // 2))
-        return normals_on_device(torch.from_numpy(words).to(device), deviation)[:count]
+        pairs = max(1, min(PAIRS_AT_ONCE, (n + 1) // 2))
+        blocks = [  # copied first: the next block overwrites the words
+            normals_on_device(torch.from_numpy(words.copy()).to(device), deviation)[:count]
+            for words, count in self._words(n, pairs)
+        ]
+        return torch.cat(blocks) if blocks else torch.zeros(0, dtype=torch.float64, device=device)
 
     def _words(self, n: int, pairs: int) -> Iterator[tuple[NDArray[np.int64], int]]:
         """The stream as 64-bit words for n normals, `pairs` pairs at a time, with the normals wanted of each."""

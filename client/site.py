@@ -204,7 +204,7 @@ class Site:
         store = self._store.study(order.study_digest)
         if store is None:
             check_public(order, study)  # (4)
-            store = self._store.begin(order, self._draw_cohort(study))  # (6) (7)
+            store = self._store.begin(order, self._draw_cohort(study, order.study_digest))  # (6) (7)
         elif codec.digest(store.enrolment()) != codec.digest(order):  # (3)
             raise OrderRefused(
                 RefusalCode.STALE,
@@ -219,11 +219,12 @@ class Site:
             simulated=self.simulated,
         )
 
-    def _draw_cohort(self, study: Study) -> Cohort:
+    def _draw_cohort(self, study: Study, digest: str) -> Cohort:
         """Prepare the patients and draw who is held out. Raises OrderRefused(COHORT) below the minimum."""
         patients = self._work.patients(self._settings, study, self._observer)
         least = max(study.federation.minimum_patients, self._policy.minimum_patients)
-        split = draw_holdout(sorted(patients), study.audit.holdout_fraction, self._holdout_stream())
+        stream = self._holdout_stream()
+        split = draw_holdout(sorted(patients), study.audit.holdout_fraction, stream, salts=stream.fork("salts", digest))
         if len(patients) < least or len(split.members) < self._policy.minimum_patients:
             raise OrderRefused(
                 RefusalCode.COHORT,

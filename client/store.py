@@ -118,6 +118,20 @@ class SiteStore:
             raise IntegrityError(f"{path.name} holds {len(key)} bytes instead of {len(fresh)}; {_RESTORE}")
         return key
 
+    def own_head(self) -> LedgerHead | None:
+        """Return where the ledger stood when it was last spent from, None before. IntegrityError when damaged."""
+        path = self.folder / "ledger.head"
+        if not path.exists():
+            return None
+        try:
+            return LedgerHead(**json.loads(_read(path)))
+        except (ValueError, TypeError) as damage:
+            raise IntegrityError(f"the stored head of the ledger cannot be read; {_RESTORE}") from damage
+
+    def keep_own_head(self, head: LedgerHead) -> None:
+        """Store where the ledger stands, outside the ledger: one that is lost or put back alone is then noticed."""
+        _write(self.folder / "ledger.head", json.dumps(asdict(head)).encode())
+
     def study(self, study_digest: str) -> StudyStore | None:
         """Return the folder of an enrolled study, None when this site is not enrolled in it."""
         if not _DIGEST.fullmatch(study_digest):  # it becomes part of a path

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.measure.audit_plan import AuditPlan, Endpoint, EndpointPlan, default_edges
+from common.privacy.accounting import gaussian_mu
 from common.privacy.mechanism import DpSgd, GaussianRelease, Plan
 from common.settings.study import Study
 
@@ -61,8 +62,16 @@ def tiny_plan(study: Study, *, noise: float) -> Plan:
         rounds=training.rounds,
         target_epsilon=privacy.target_epsilon if noise else None,
         delta=privacy.delta,
-        warm_up=GaussianRelease(noise_multiplier=noise) if study.warm_up else None,
+        warm_up=tiny_release(study, noise=noise) if study.warm_up else None,
     )
+
+
+def tiny_release(study: Study, *, noise: float) -> GaussianRelease:
+    """The study's warm-up exactly as calibration makes it; without noise where the plan has none."""
+    privacy, warm_up = study.privacy, study.warm_up
+    if warm_up is None or privacy.target_epsilon is None or noise == 0:
+        return GaussianRelease(noise_multiplier=0.0)
+    return GaussianRelease(noise_multiplier=1 / gaussian_mu(warm_up.share * privacy.target_epsilon, privacy.delta))
 
 
 def tiny_audit_plan(**changes: Any) -> AuditPlan:

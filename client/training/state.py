@@ -78,4 +78,13 @@ class GameState:
             ) from error
         restore_optimiser(state.critic_optimiser, "critic_optimiser", tensors)
         restore_optimiser(state.generator_optimiser, "generator_optimiser", tensors)
-        return replace(state, ladder=Ladder.restore(tensors), critic_steps=int(tensors["pace.critic_steps"]))
+        return replace(state, ladder=Ladder.restore(tensors), critic_steps=_critic_steps(tensors))
+
+
+def _critic_steps(tensors: Mapping[str, Tensor]) -> int:
+    if "pace.critic_steps" not in tensors:
+        raise IntegrityError(
+            "the stored critic does not say how many steps it took; nothing was trained. "
+            "The site's state folder is damaged: restore it from its backup."
+        )
+    return int(tensors["pace.critic_steps"])

@@ -313,7 +313,7 @@ def _check_cohort(chain: Chain, wanted: Reservation) -> None:
     """Refuse other patients, or other scans of them, under the name of a cohort that was charged before."""
     for entry in chain.entries:
         same = (entry.study, entry.cohort) == (wanted.study, wanted.cohort)
-        if same and entry.fingerprint not in (None, wanted.fingerprint):
+        if same and entry.counts and entry.fingerprint not in (None, wanted.fingerprint):
             raise LedgerError(
                 f"the {wanted.cohort.value} of this study are not the patients, or not the scans, that the ledger was "
                 f"charged for in row {entry.seq}; nothing was computed and nothing spent. Restore the state folder "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import tempfile
@@ -37,7 +38,9 @@ class LedgerFile:
         try:
             if not path.exists():
                 _create(path)
-            os.close(os.open(path, os.O_RDWR))
+            # Never by opening it: closing any descriptor of the file would drop the locks that SQLite holds on it.
+            if not os.access(path, os.R_OK | os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except (OSError, sqlite3.Error) as failure:
             reason = failure.strerror if isinstance(failure, OSError) else _reason(failure)
             raise LedgerError(

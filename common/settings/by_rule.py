@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from common.errors import SettingsError
 
 BY_RULE = "by-rule"
+LARGEST = 1e9  # of any constant the rule reads; also keeps out infinity and integers that are no float
 PLACES = (
     ("privacy", "sampling_probability"),
     ("privacy", "clip_norm"),
@@ -42,7 +43,10 @@ def fill(content: Mapping[str, object], name: str) -> dict[str, object]:
             f"{name}: {', '.join('.'.join(place) for place in wanted)}: `{BY_RULE}` needs {', '.join(missing)} as a "
             "positive number; nothing was started. State it, or write numbers in place of the rule."
         )
-    chosen = _chosen(sections, {key: float(value) for (_, key), value in numbers.items()})  # type: ignore[arg-type]
+    try:
+        chosen = _chosen(sections, {key: float(value) for (_, key), value in numbers.items()})  # type: ignore[arg-type]
+    except ValueError as failure:
+        raise SettingsError(f"{name}: `{BY_RULE}` cannot choose: {failure}; nothing was started.") from failure
     for section, key in wanted:
         sections[section][key] = chosen[key]
     return {**content, **sections}
@@ -66,4 +70,4 @@ def _chosen(sections: Mapping[str, Mapping[str, object]], numbers: Mapping[str, 
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < LARGEST

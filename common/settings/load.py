@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from common.errors import SettingsError
 from common.settings.by_rule import fill
-from common.settings.study import Loss, PrivacySettings, Settings, Study
+from common.settings.study import Lipschitz, Loss, PrivacySettings, Settings, Study
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -175,6 +175,8 @@ def _warm_up_problems(study: Study) -> Iterator[str]:
 
 def _game_problems(study: Study) -> Iterator[str]:
     training = study.training
+    if training.lipschitz is Lipschitz.FAKE_PENALTY and training.fake_batch < 2:
+        yield "training.fake_batch: `lipschitz: fake_penalty` needs pairs of generated volumes; take at least 2"
     if training.critic_steps_per_generator_step == "adaptive" and training.loss is Loss.WASSERSTEIN:
         yield (
             "training.critic_steps_per_generator_step: `adaptive` asks whether the critic tells generated volumes, and "

@@ -184,6 +184,19 @@ def test_a_ledger_begun_anew_is_refused(tmp_path):
     assert refusal(open_site(tmp_path).handle(witnessed(train_order(2), head))) is RefusalCode.LEDGER
 
 
+def test_a_lost_or_older_ledger_is_refused_by_the_sites_own_head_when_no_coordinator_brings_one(tmp_path):
+    site = enrolled(tmp_path)
+    site.handle(train_order(1))
+    older = tmp_path / "older.sqlite"
+    shutil.copy(tmp_path / "ledger.sqlite", older)
+    site.handle(train_order(2))
+    for put_back in (None, older):
+        (tmp_path / "ledger.sqlite").unlink()
+        if put_back is not None:
+            shutil.copy(put_back, tmp_path / "ledger.sqlite")
+        assert refusal(open_site(tmp_path).handle(train_order(3))) is RefusalCode.LEDGER
+
+
 def test_the_clone_that_answers_second_is_refused(tmp_path):
     """Two copies of one virtual machine: the head that the first one stated is not in the second one's ledger."""
     (tmp_path / "a").mkdir()

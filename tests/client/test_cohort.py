@@ -30,6 +30,13 @@ def opens(split: Split, **changed: object) -> bool:
     return verify_commitment(split.commitment, **told)
 
 
+def test_two_studies_of_the_same_patients_hold_out_the_same_people_under_different_commitments():
+    """Equal commitments would tell a coordinator of both that nobody came or went in between."""
+    first, second = (draw_holdout(PATIENTS, 0.35, stream(), salts=stream().fork("salts", s)) for s in ("a", "b"))
+    assert first.nonmembers == second.nonmembers
+    assert first.commitment != second.commitment
+
+
 def test_every_patient_is_on_exactly_one_side_and_the_fraction_is_met() -> None:
     patients = [f"p{i}" for i in range(4000)]
     split = draw_holdout(patients, 0.35, stream())

@@ -163,3 +163,27 @@ def test_a_permutation_holds_every_index_once_and_integers_their_range() -> None
 def test_a_short_key_is_refused() -> None:
     with pytest.raises(ValueError, match="32 bytes"):
         SecureStream(b"short")
+
+
+def test_both_halves_of_the_circle_have_the_same_radii():
+    """Words (k, s) and (-1 - k, 2047 - s) are mirror images; a shorter tail on one side would be no Gaussian."""
+    radii = np.array([0, 1, 5, 2**40, 2**62, 2**63 - 1], dtype=np.int64)
+    angles = np.array([0, 2047, 3, 2**50, 7, -(2**60)], dtype=np.int64)
+    mirrored = (angles & ~np.int64(2047)) | (2047 - (angles & 2047))
+    right = BoxMuller(6).normals(np.concatenate([radii, angles]), 1.0).copy()
+    left = BoxMuller(6).normals(np.concatenate([-1 - radii, mirrored]), 1.0).copy()
+    np.testing.assert_allclose(np.hypot(*left.reshape(2, 6)), np.hypot(*right.reshape(2, 6)), rtol=1e-12)
+    assert (left[:6] * right[:6] <= 0).all()
+
+
+def test_a_device_gets_the_normals_of_the_processor_however_many():
+    n = 70_001
+    there = SecureStream.from_seed(3).normal_on(torch.device("cpu"), n, deviation=2.0)
+    here = np.concatenate([b.copy() for b in SecureStream.from_seed(3).normal_blocks(n, deviation=2.0)])
+    np.testing.assert_allclose(there.numpy(), here, rtol=1e-10, atol=1e-12)
+
+
+def test_uniforms_never_reach_the_ends():
+    """The largest word must not round to one: an index drawn with it would be out of range."""
+    assert ((2**64 - 1) >> 12) + 0.5 < 2.0**52
+    assert float(np.float64((2**64 - 1) >> 12) + 0.5) * 2.0**-52 < 1.0

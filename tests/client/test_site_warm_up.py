@@ -30,9 +30,11 @@ from common.protocol.messages import EnrolReply, RefusalCode, RefusalReply, Scor
 from common.settings.load import study_digest
 from common.settings.site import OrderKind, SitePolicy
 from common.settings.study import Study
+from tests.tiny_studies import tiny_release
 
 WARMED = Study.model_validate({**STUDY.model_dump(), "warm_up": {"share": 0.5, "surroundings": 1}})
 DIGEST = study_digest(WARMED)
+RELEASE = tiny_release(WARMED, noise=3.0)
 
 
 def loud(noise: float = 3.0):
@@ -58,7 +60,7 @@ def test_warm_up_is_charged_to_members_once_as_the_plan_says(tmp_path):
     assert isinstance(enrolled(tmp_path).handle(warm_up_order(WARMED)), WarmUpReply)
     (entry,) = spent(tmp_path)
     assert entry.cohort is LedgerCohort.MEMBERS
-    assert entry.mechanism == GaussianRelease(noise_multiplier=3.0)
+    assert entry.mechanism == RELEASE
     assert entry.state is EntryState.DONE
 
 
@@ -71,7 +73,7 @@ def test_reservation_is_in_the_ledger_before_the_patients_are_measured(tmp_path)
             return super()._warm_up(order, task)
 
     enrolled(tmp_path, Watching()).handle(warm_up_order(WARMED))
-    assert seen == [[(LedgerCohort.MEMBERS, GaussianRelease(noise_multiplier=3.0))]]
+    assert seen == [[(LedgerCohort.MEMBERS, RELEASE)]]
 
 
 def test_repeated_order_gets_the_same_bytes_at_no_cost_also_after_a_restart(tmp_path):
@@ -132,20 +134,22 @@ def test_warm_up_that_is_not_the_studys_is_refused_and_spends_nothing(tmp_path, 
     assert not spent(tmp_path)
 
 
-def test_release_of_more_than_the_studys_share_is_refused_even_within_the_target(tmp_path):
-    small = Study.model_validate({**WARMED.model_dump(), "warm_up": {"share": 0.1, "surroundings": 1}})
-    site = open_site(tmp_path, allowed=policy(studies=(study_digest(small),), minimum_noise=0.1))
-    site.handle(enrol_order(small))
-    assert refusal(site.handle(warm_up_order(small))) is RefusalCode.POLICY
-    assert "more than the study's share of 0.3" in site_log(tmp_path)
+@pytest.mark.parametrize("factor", [0.8, 1e6], ids=["more", "next to nothing"])
+def test_release_of_another_share_than_the_studys_is_refused_even_within_the_target(tmp_path, factor):
+    """Less is refused as well: a plan that understates its warm-up leaves training more than the study's part."""
+    site = enrolled(tmp_path, allowed=allowed(minimum_noise=0.1))
+    other = replace(loud(30.0), warm_up=GaussianRelease(noise_multiplier=factor * RELEASE.noise_multiplier))
+    assert refusal(site.handle(warm_up_order(WARMED, plan=other))) is RefusalCode.POLICY
+    assert refusal(site.handle(train_order(study_digest=DIGEST, plan=other))) is RefusalCode.POLICY
+    assert "not the study's share of 1.5" in site_log(tmp_path)
 
 
 def test_least_noise_of_the_policy_holds_for_the_release_as_well(tmp_path):
-    site = enrolled(tmp_path, allowed=allowed(minimum_noise=3.5))
-    quiet = replace(loud(4.0), warm_up=GaussianRelease(noise_multiplier=3.0))
-    assert refusal(site.handle(warm_up_order(WARMED, plan=quiet))) is RefusalCode.POLICY
-    assert "noise multiplier 3 is below `minimum_noise` 3.5" in site_log(tmp_path)
-    assert isinstance(site.handle(warm_up_order(WARMED, plan=loud(4.0))), WarmUpReply)
+    site = enrolled(tmp_path / "strict", allowed=allowed(minimum_noise=1.1 * RELEASE.noise_multiplier))
+    assert refusal(site.handle(warm_up_order(WARMED, plan=loud(9.0)))) is RefusalCode.POLICY
+    assert f"noise multiplier {RELEASE.noise_multiplier:g} is below `minimum_noise`" in site_log(tmp_path / "strict")
+    lax = enrolled(tmp_path / "lax", allowed=allowed(minimum_noise=0.9 * RELEASE.noise_multiplier))
+    assert isinstance(lax.handle(warm_up_order(WARMED, plan=loud(9.0))), WarmUpReply)
 
 
 def test_training_under_a_plan_without_the_warm_up_of_the_study_is_refused(tmp_path):

@@ -11,6 +11,7 @@ float64) and both read the very same stored inputs and output gradients, so what
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,8 @@ class PatientClipper:
         first = next(iter(parameters.values()))
         total: Tensor | None = None
         for runs in passes(parts, self._patients_at_once):
-            found = self._pass(parameters, runs)
+            with _exact_kernels():
+                found = self._pass(parameters, runs)
             flat = torch.cat(
                 [
                     found[number].flatten() if number in found else p.new_zeros(p.numel())
@@ -120,6 +122,14 @@ class PatientClipper:
                 scores = self._critic(rows)
             watch.refuse_leftovers(scores)
             return scores.reshape(-1), anchor
+
+
+def _exact_kernels() -> AbstractContextManager[None]:
+    """On a GPU: the same kernels for the same input, and float32 products in full, as the norms are."""
+    exact: AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
+    return exact
 
 
 def _segments(runs: Sequence[Run]) -> list[Segment]:

@@ -18,7 +18,7 @@ def by_rule(*changes: tuple[str, str]) -> str:
     for old, new in (
         ("sampling_probability: 0.5", "sampling_probability: by-rule"),
         ("clip_norm: 1.0", "clip_norm: by-rule"),
-        ("critic_steps_per_round: 20", "critic_steps_per_round: by-rule"),
+        ("critic_steps_per_round: 10", "critic_steps_per_round: by-rule"),
         ("critic_steps_per_generator_step: 5", "critic_steps_per_generator_step: by-rule"),
         *changes,
     ):
