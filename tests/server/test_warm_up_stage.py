@@ -146,7 +146,7 @@ def test_mean_is_the_sum_over_public_constants_whatever_the_order_of_the_sites()
 
 def test_noise_of_the_mean_is_that_of_the_sites_together():
     rng = np.random.default_rng(0)
-    drawn = rng.normal(0.0, 2.0, size=(4000, 3)).sum(axis=1) / (3 * 50)
+    drawn = rng.normal(0.0, PLAN.warm_up.noise_multiplier, size=(4000, 3)).sum(axis=1) / (3 * 50)
     assert noise_of_mean(PLAN, 50, sites=3) == pytest.approx(float(drawn.std()), rel=0.05)
 
 
@@ -261,7 +261,7 @@ def test_what_was_answered_and_what_came_of_it_is_on_record_once(tmp_path):
     assert set(record.body["answers"]) == {"a", "b", "c"}
     assert record.body["start_digest"] == START.digest
     assert record.body["generator_digest"] == warmed.generator.digest
-    assert record.body["noise_multiplier"] == 2.0
+    assert record.body["noise_multiplier"] == PLAN.warm_up.noise_multiplier
 
 
 def test_finished_warm_up_asks_nobody_again(tmp_path):
