@@ -1,6 +1,7 @@
 """What a site's ledger tells the hospital: history, what is spent, what is left, what a study would cost.
 
-Computed from the stored mechanisms with the rule that reservations are granted by; nothing here is written anywhere.
+Computed from the stored mechanisms with the rule that reservations are granted by. Nothing is spent here; a file of an
+older schema is upgraded when it is opened.
 """
 
 from __future__ import annotations
