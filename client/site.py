@@ -312,7 +312,7 @@ class Site:
             compute=Compute(
                 device=self._settings.device,
                 precision=self._settings.precision,
-                patients_at_once=self._settings.patients_at_once,
+                memory_mib=self._settings.training_memory_mib,
             ),
             research_answers=self._policy.research_answers,
             observer=self._observer,

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -318,34 +319,25 @@ def _audit_and_decide(campaign: Campaign, trained: Trained, public: WarmStart) -
             candidates=candidates,
         )
         record_decision(chain, decision, now())  # (10) first: the page shows the digest of the chain that holds it
-        report = write_report(
+        page = partial(
+            write_report, trained, run, decision, statements=statements, audit=audit, seed=campaign.seed, chain=chain
+        )
+        publish(
             trained,
             run,
             decision,
-            statements=statements,
-            audit=audit,
+            report=page(utility=utility, now=now()),
             utility=utility,
-            seed=campaign.seed,
             chain=chain,
+            key=campaign.key,
             now=now(),
         )
-        publish(trained, run, decision, report=report, utility=utility, chain=chain, key=campaign.key, now=now())
         ended(decision.outcome.value)
     if utility is not None and run.facts.simulated:
         with campaign.stage("comparison"):  # (11) exact answers: never in what was signed, never in a real study
             compared = with_real(trained.study, campaign.sites, utility, seed=derive(campaign.seed, "segmenter"))
             write_atomic(run.path / "comparison.json", compared.to_json().encode())
-            write_report(
-                trained,
-                run,
-                decision,
-                statements=statements,
-                audit=audit,
-                utility=compared,
-                seed=campaign.seed,
-                chain=chain,
-                now=now(),
-            )
+            page(utility=compared, now=now())
 
 
 def _finish(run: RunFolder) -> CampaignOutcome:

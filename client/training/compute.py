@@ -11,11 +11,11 @@ from common.settings.site import Precision
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """device: `cpu` or `cuda`. patients_at_once: whose gradients are made together, None for all: bounds memory."""
+    """device: `cpu` or `cuda`. memory_mib: what a critic's step may hold; a larger draw is worked on in parts."""
 
     device: str = "cpu"
     precision: Precision = Precision.FLOAT32
-    patients_at_once: int | None = None
+    memory_mib: int = 4096
 
     @property
     def autocast(self) -> torch.dtype | None:

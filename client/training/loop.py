@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from client.cohort import Cohort
 from client.randomness import SecureStream
 from client.training.clipping.engine import PatientClipper
+from client.training.clipping.memory import patients_within
 from client.training.clipping.part import Part
 from client.training.compute import CPU, Compute
 from client.training.ladder import GRACE, accuracy_on_fakes
@@ -58,12 +59,16 @@ def train_round(
 
     weights: the round's generator. stream: keyed for this round alone; the same key gives the same bits on the
     same machine. compute: how this hospital's machine does it; changes rounding, never the mechanism.
-    Raises SettingsError for a critic in which patients cannot be told apart.
+    Raises SettingsError for a critic in which patients cannot be told apart, or when not one fits the memory.
     """
     load_weights(state.generator, weights)
-    clipper = PatientClipper(
-        state.critic, patients_at_once=compute.patients_at_once, autocast=compute.autocast, channels_last=True
+    at_once = patients_within(
+        state.critic,
+        cohort.pair_shape,
+        views=study.training.views_per_patient,
+        limit_bytes=compute.memory_mib * 2**20,
     )
+    clipper = PatientClipper(state.critic, patients_at_once=at_once, autocast=compute.autocast, channels_last=True)
     draws, noise, fakes = stream.fork("draw"), stream.fork("noise"), stream.fork("latent")
     for step in range(plan.steps_per_round):
         drawn = cohort.draw(draws, plan.mechanism.sampling_probability)  # (1)

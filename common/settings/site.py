@@ -39,8 +39,8 @@ class SiteSettings(Settings):
 
     data: folder of scans, or phantoms. part: (index, parts) takes only the patients of one share of the folder;
     for simulation, where several sites read one folder. state: folder for cohort, ledger, critic and replies.
-    device, precision: of training. patients_at_once: whose gradients are made together; fewer need less memory and give
-    the same result up to rounding, null makes all at once.
+    device, precision: of training. training_memory_mib: what a critic's step may hold beside the networks; a larger
+    draw is worked on in parts, with the same result up to rounding, so that no draw can fail for its size.
     simulation_seed: makes the site's randomness repeatable; null on every real site.
     """
 
@@ -50,7 +50,7 @@ class SiteSettings(Settings):
     state: Path
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Annotated[Precision, Field(strict=False)] = Precision.FLOAT32
-    patients_at_once: Annotated[int, Field(ge=1)] | None = None
+    training_memory_mib: Annotated[int, Field(ge=64)] = 4096
     simulation_seed: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")

@@ -44,6 +44,16 @@ def test_simulation_compares_the_grid_with_direct_training_of_the_same_weights(
 
 
 @pytest.mark.slow
+def test_dp_step_puts_our_step_beside_the_plain_one_and_peers(tmp_path: Path) -> None:
+    rows = results("dp_step", tmp_path)
+    methods = {row["method"] for row in rows}
+    assert {"consilium", "opacus hooks", "opacus ghost", "vmap(grad)"} <= methods
+    assert {"time_ratio", "memory_ratio", "relative_error"} <= {row["metric"] for row in rows}
+    errors = [row["value"] for row in rows if row["metric"] == "relative_error" and row["method"] == "consilium"]
+    assert max(errors) < 1e-5
+
+
+@pytest.mark.slow
 def test_utility_puts_the_privacy_curve_beside_real_and_phantom_and_measures_nothing_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,8 @@ import torch
 
 from client.cohort import Cohort, commit_split
 from client.randomness import SecureStream
+from client.training.clipping.memory import patients_within
+from client.training.compute import CPU, Compute
 from client.training.ladder import Ladder
 from client.training.loop import gather_views, train_round
 from client.training.state import GameState
@@ -56,7 +58,9 @@ def one_round(study: Study, the_plan: Plan, cohort: Cohort, key: int = 3) -> tup
     return state.tensors(), weights.digest
 
 
-def first_step_gradient(the_plan: Plan, cohort: Cohort, *, study: Study | None = None, key: int = 3) -> torch.Tensor:
+def first_step_gradient(
+    the_plan: Plan, cohort: Cohort, *, study: Study | None = None, key: int = 3, compute: Compute = CPU
+) -> torch.Tensor:
     """(P,) what the critic's optimiser got in a round of a single step."""
     study = study or study_of(critic_steps_per_round=1)
     state = GameState.start(study, None)
@@ -72,6 +76,7 @@ def first_step_gradient(the_plan: Plan, cohort: Cohort, *, study: Study | None =
         cohort=cohort,
         stream=SecureStream.from_seed(key, "round", 1),
         observer=ignore,
+        compute=compute,
     )
     return torch.cat([p.grad.flatten() for p in state.critic.parameters()])
 
@@ -168,6 +173,18 @@ def test_a_patient_whose_gradient_is_not_finite_counts_as_nothing() -> None:
     found, expected = first_step_gradient(the_plan, spoilt), first_step_gradient(the_plan, without)
     assert found.isfinite().all()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_draw_that_does_not_fit_the_memory_is_worked_on_in_parts() -> None:
+    """A draw that failed for its size would tell the coordinator how many were drawn."""
+    study, cohort = study_of(critic_steps_per_round=1), tiny_cohort(members=12)
+    critic = GameState.start(study, None).critic
+    assert patients_within(critic, cohort.pair_shape, views=1, limit_bytes=2**20) < study.training.fake_batch + 12
+    everybody = dataclasses.replace(plan(0.0).mechanism, sampling_probability=1.0)
+    the_plan = dataclasses.replace(plan(0.0), mechanism=everybody)
+    whole = first_step_gradient(the_plan, cohort)
+    parts = first_step_gradient(the_plan, cohort, compute=Compute(memory_mib=1))
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
 def test_an_adaptive_pace_takes_more_critic_steps_and_is_kept_between_rounds() -> None:
