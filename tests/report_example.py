@@ -24,6 +24,7 @@ from server.audit.result import (
     PooledHistogram,
     Power,
     RocPoint,
+    SetMembership,
     SiteAuc,
     Verdict,
 )
@@ -283,6 +284,11 @@ def _endpoint(name: Endpoint, leak: float, seed: int) -> EndpointResult:
         tpr_lower=Bound(value=tpr - 0.014, side=Side.LOWER, confidence=0.95),
         tpr_upper=Bound(value=tpr + 0.022, side=Side.UPPER, confidence=0.95),
         copies_lower=Bound(value=-0.01 + 0.2 * leak, side=Side.LOWER, confidence=0.99),
+        copies_upper=Bound(value=0.021 + 0.3 * leak, side=Side.UPPER, confidence=0.95),
+        set_membership=tuple(
+            SetMembership(site=site, p_value=p) for site, p in zip(SITES, (0.38, 0.71, 0.5), strict=True)
+        ),
+        epsilon_lower=None,
         roc=tuple(
             RocPoint(false_positive_rate=a, true_positive_rate=f, low=f - 0.03, high=f + 0.03)
             for a, f in zip(np.maximum.accumulate(accused), found, strict=True)

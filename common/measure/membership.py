@@ -328,6 +328,11 @@ def copies_lower_bound(strata: Sequence[Stratum], false_positive_rate: float, co
     return Bound(value=value, side=Side.LOWER, confidence=confidence)
 
 
+def copies_upper_bound(tpr: TruePositives, confidence: float) -> Bound:
+    """Upper bound on the share of members that stand out, at the edge where the TPR is read: it lies at or below it."""
+    return Bound(value=copied_share(tpr.at, confidence).high, side=Side.UPPER, confidence=confidence)
+
+
 def far_edges(strata: Sequence[Stratum], false_positive_rate: float) -> list[Exceedance]:
     """Shares above every edge whose noised FPR is at most three times the rate; the last edge at least.
 

@@ -13,6 +13,7 @@ import rfc8785
 from pydantic import TypeAdapter
 
 from common.measure.audit_plan import Endpoint
+from common.measure.epsilon_bounds import EpsilonBound
 from common.measure.intervals import Bound, Interval
 
 
@@ -96,11 +97,81 @@ class Power:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SetMembership:
+    """Whether one site's members as a set score higher than its non-members  [Hilprecht et al. 2019].
+
+    p_value: one-sided, of equal distributions, from the noised counts.
+    """
+
+    site: str
+    p_value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeInference:
+    """A yes-or-no question about a patient, answered from the image and the synthetic set.
+
+    members, nonmembers: share answered right. lift: members minus non-members, what having been used adds; a
+    generator may teach anatomy that holds for everybody. upper: one-sided.
+    """
+
+    question: str
+    members: Interval
+    nonmembers: Interval
+    lift: Interval
+    upper: Bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticControl:
+    """How many sites' own critics give their members away: the site-local positive control.
+
+    Each site answers one bit by randomised response at `epsilon`. found: number of sites that said yes;
+    share: of sites whose critic tells, the response's lies taken out, not clipped.
+    """
+
+    sites: int
+    found: int
+    epsilon: float
+    share: Interval
+
+
+class MechanismVerdict(StrEnum):
+    """VIOLATION: a lower bound exceeds the claim. UNINFORMATIVE: even perfect guesses could not have shown that."""
+
+    VIOLATION = "violation"
+    CONSISTENT = "consistent"
+    UNINFORMATIVE = "uninformative"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MechanismAudit:
+    """Canaries in the critic's noised steps: did the implementation deliver the accounted epsilon?
+
+    canaries: over all sites, each in or out by a fair coin. guesses, correct: at the pre-registered share of guesses.
+    claimed_epsilon: of training at `delta`. bounds: lower bounds on the true epsilon, each with its ceiling.
+    without_noise: the lower bound that a run without noise would have given. reasons: one sentence each, for a
+    violation.
+    """
+
+    verdict: MechanismVerdict
+    canaries: int
+    guesses: int
+    correct: int
+    claimed_epsilon: float
+    delta: float
+    bounds: tuple[EpsilonBound, ...]
+    without_noise: float
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class EndpointResult:
     """One score's findings, sites stratified. auc_lower .. tpr_upper are one-sided bounds.
 
     tpr: at the plan's false-positive rate. copies_lower: lower bound on the share of members that stand
-    out as copies, at the plan's copy confidence; above 0 is a FAIL.
+    out as copies, at the plan's copy confidence; above 0 is a FAIL. copies_upper: at the plan's confidence.
+    set_membership: by site. epsilon_lower: what the attack proves about epsilon on its own; None when not computed.
     edges, histograms: the pooled noised counts, for the report. roc: from (0, 0) to (1, 1).
     """
 
@@ -116,6 +187,9 @@ class EndpointResult:
     tpr_lower: Bound
     tpr_upper: Bound
     copies_lower: Bound
+    copies_upper: Bound
+    set_membership: tuple[SetMembership, ...]
+    epsilon_lower: EpsilonBound | None
     roc: tuple[RocPoint, ...]
     histograms: tuple[PooledHistogram, ...]
     null: NullControl
@@ -139,12 +213,16 @@ class AuditResult:
 
     reasons: one sentence each; empty only for PASS. endpoints: empty when the answers could not be used
     (then the verdict is INCONCLUSIVE). members, nonmembers: noised totals over sites; None when unusable.
-    epsilon_members, epsilon_nonmembers: what this audit cost each patient, pure epsilon.
+    epsilon_members, epsilon_nonmembers: what this audit cost each patient, pure epsilon; None when the answers were
+    exact. inference, critic, mechanism: None where the plan does not ask for them.
     """
 
     verdict: Verdict
     reasons: tuple[str, ...]
     endpoints: tuple[EndpointResult, ...]
+    inference: AttributeInference | None = None
+    critic: CriticControl | None = None
+    mechanism: MechanismAudit | None = None
     sites: tuple[str, ...]
     members: int | None
     nonmembers: int | None

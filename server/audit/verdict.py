@@ -23,6 +23,7 @@ from common.measure.membership import (
     CountNoise,
     Stratum,
     copies_lower_bound,
+    copies_upper_bound,
     discrete_laplace_noise,
     exceedance,
     far_edges,
@@ -197,6 +198,9 @@ def _measure(
         tpr_lower=tpr.lower,
         tpr_upper=tpr.upper,
         copies_lower=copies_lower_bound(strata, plan.false_positive_rate, plan.copy_confidence),
+        copies_upper=copies_upper_bound(tpr, plan.confidence),
+        set_membership=(),
+        epsilon_lower=None,
         roc=_roc(strata, endpoint, plan.confidence),
         histograms=tuple(
             PooledHistogram(group=group.value, counts=tuple(round(c) for c in counts))
