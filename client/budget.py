@@ -9,14 +9,14 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
-from client.orders import OrderRefused, PaidOrder, charges
+from client.orders import FreeOrder, OrderRefused, PaidOrder, charges
 from client.randomness import SecureStream
 from client.store import SiteStore, StudyStore
 from common.privacy.ledger import LEDGER_KEY_BYTES, Cap, Ledger, Outcome, Reservation
 from common.privacy.ledger_rows import Cohort
 from common.privacy.ledger_witness import is_countersigned
 from common.privacy.mechanism import Mechanism
-from common.protocol.messages import LedgerHead, RefusalCode, StatementOrder
+from common.protocol.messages import LedgerHead, RefusalCode
 from common.settings.site import SitePolicy, SiteSettings
 from common.settings.study import Study
 
@@ -49,7 +49,7 @@ class Budget:
         """Whether the site's secret is there already, or follows from a seed."""
         return self._settings.simulated or self._store.has_ledger_key
 
-    def check_witness(self, order: PaidOrder | StatementOrder, study: StudyStore, coordinator_key: str) -> None:
+    def check_witness(self, order: PaidOrder | FreeOrder, study: StudyStore, coordinator_key: str) -> None:
         """Refuse everything while the ledger does not hold every head that it once stood at, in whatever study.
 
         A witness that is newer than the one kept is kept. Raises OrderRefused for one that the coordinator of this

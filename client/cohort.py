@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,8 @@ _SALT_BYTES = 32
 _LEAF, _NODE = b"\x00", b"\x01"  # domains: a leaf can never be read as an inner node  [RFC 6962]
 _MEMBER, _NONMEMBER = b"M", b"N"
 _SCHEMA = 1
+
+Unit = TypeVar("Unit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +95,19 @@ def verify_commitment(
     return _root(members, nonmembers, salts) == commitment
 
 
+def poisson_draw(units: Sequence[Unit], stream: SecureStream, probability: float) -> list[Unit]:
+    """Each unit independently with this probability: a Poisson draw, in their order, possibly empty."""
+    taken = stream.bernoulli(len(units), probability)
+    return [unit for unit, take in zip(units, taken, strict=True) if take]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CohortIdentity:
-    """Who is in a stored cohort, and the SHA-256 over all of it: patients, split, salts and every scan."""
+    """Who is in a stored cohort, its commitment, and the SHA-256 over it: patients, split, salts and every scan."""
 
     members: tuple[str, ...]
     nonmembers: tuple[str, ...]
+    commitment: str
     digest: str
 
 
@@ -148,11 +158,6 @@ class Cohort:
     def scans(self, patient: str) -> NDArray[np.float16]:
         """(scans, 1+K, D, H, W) float16 of one patient, read-only."""
         return self.patients[patient]
-
-    def draw(self, stream: SecureStream, probability: float) -> list[str]:
-        """Each member independently with this probability: a Poisson draw, sorted, possibly empty."""
-        taken = stream.bernoulli(len(self.members), probability)
-        return [patient for patient, take in zip(self.members, taken, strict=True) if take]
 
     def store(self, path: Path) -> None:
         """Write scans, split and salts to one file that only its owner can read; atomically.
@@ -225,7 +230,10 @@ def read_identity(path: Path) -> CohortIdentity:
             metadata = stored.metadata() or {}
         told = json.loads(metadata["cohort"])
         return CohortIdentity(
-            members=tuple(told["members"]), nonmembers=tuple(told["nonmembers"]), digest=metadata["sha256"]
+            members=tuple(told["members"]),
+            nonmembers=tuple(told["nonmembers"]),
+            commitment=told["commitment"],
+            digest=metadata["sha256"],
         )
     except (SafetensorError, KeyError, ValueError, TypeError) as damage:
         raise IntegrityError(_DAMAGED) from damage

@@ -10,9 +10,11 @@ from common.errors import BudgetExhausted, DataError, LedgerError, PolicyRefusal
 from common.generator.network import build_generator, load_weights
 from common.generator.weights import Weights
 from common.measure.audit_plan import AuditPlan, make_plan
+from common.measure.one_run import GUESS_RULES
 from common.privacy.ledger_rows import Cohort
 from common.privacy.mechanism import ExactAnswer, Mechanism, NoisedCounts
 from common.protocol.messages import (
+    CanaryOrder,
     EnrolOrder,
     Order,
     RefusalCode,
@@ -31,6 +33,7 @@ REAL_QUESTION = "utility.real"  # how the ledger names an exact answer about a s
 _LARGEST_SEED = 2**63 - 1
 
 PaidOrder = WarmUpOrder | TrainOrder | ScoreOrder | UtilityOrder  # what costs budget, and is therefore answered once
+FreeOrder = CanaryOrder | StatementOrder  # about no patient, and answered afresh each time
 Charge = tuple[Cohort, str, Mechanism]
 
 
@@ -42,7 +45,7 @@ class OrderRefused(Refusal):
         self.code = code
 
 
-def order_kind(order: Order) -> OrderKind:
+def order_kind(order: Order) -> OrderKind:  # noqa: PLR0911  # one return a case
     """Return the name under which a policy allows this order."""
     match order:
         case EnrolOrder():
@@ -51,6 +54,8 @@ def order_kind(order: Order) -> OrderKind:
             return OrderKind.WARM_UP
         case TrainOrder():
             return OrderKind.TRAIN
+        case CanaryOrder():
+            return OrderKind.CANARIES
         case ScoreOrder():
             return OrderKind.SCORE
         case UtilityOrder():
@@ -126,6 +131,16 @@ def check_content(order: PaidOrder, study: Study, *, start: Weights, last_round:
             _check_seed(order.seed)
         case _:
             assert_never(order)
+
+
+def check_canaries(order: CanaryOrder, study: Study, *, last_round: int) -> None:
+    """Refuse guesses that the study and this code do not prescribe, or that nothing was heard for."""
+    if study.audit.canaries == 0:
+        raise OrderRefused(RefusalCode.POLICY, "the approved study has no canaries; nothing was guessed")
+    if (order.canaries, order.rules) != (study.audit.canaries, GUESS_RULES):
+        raise OrderRefused(RefusalCode.POLICY, "the order asks for other guesses than the approved study and this code")
+    if last_round == 0:
+        raise OrderRefused(RefusalCode.STALE, "this site has not trained in this study; nothing was guessed")
 
 
 def _check_warm_up(order: WarmUpOrder, study: Study, last_round: int, *, released: bool) -> None:

@@ -16,6 +16,7 @@ from common.errors import PolicyRefusal
 from common.privacy.accounting import epsilon
 from common.privacy.mechanism import Plan, Unit
 from common.protocol.messages import (
+    CanaryOrder,
     EnrolOrder,
     Order,
     ScoreOrder,
@@ -89,7 +90,7 @@ def _order_objections(order: Order, policy: SitePolicy, study: Study) -> Iterato
                 yield "an exact answer was asked for and `research_answers` is not set"
             if order.training_steps != study.utility.training_steps:
                 yield f"{order.training_steps} segmenter steps are not the study's {study.utility.training_steps}"
-        case EnrolOrder() | ScoreOrder() | StatementOrder():
+        case EnrolOrder() | CanaryOrder() | ScoreOrder() | StatementOrder():
             pass
         case _:
             assert_never(order)

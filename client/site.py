@@ -11,6 +11,7 @@
 (7) what must survive is stored: first the critic's state, then the reply, which makes the order done
 (8) the ledger notes that the work was finished
 (9) the reply is checked against the manifest; whatever is not declared becomes a fixed refusal
+(10) digests of a paid reply that passes are noted: the site's signed receipt names what left, and nothing else
 
 Why 7 before 8, and both after 5. What counts as spent is the reservation of step 5. It is given back only when
 something fails before step 6 touches data. A kill before the reply is stored leaves the order undone: it is worked on
@@ -29,20 +30,23 @@ bounded by the ledger's cap, which nobody but the hospital sets.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import assert_never
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 
 from client.budget import Budget
 from client.cohort import Cohort, draw_holdout
 from client.installed import code_digest
 from client.orders import (
+    FreeOrder,
     OrderRefused,
     PaidOrder,
     audit_plan,
+    check_canaries,
     check_content,
     check_public,
     order_kind,
@@ -51,13 +55,19 @@ from client.orders import (
 )
 from client.policy import check
 from client.randomness import SecureStream
-from client.store import HOLDOUT_KEY_BYTES, SiteStore, StudyStore
+from client.receipts import answered, receipt_of
+from client.store import HOLDOUT_KEY_BYTES, RECEIPT_KEY_BYTES, SiteStore, StudyStore
+from client.training.canaries import coins, guesses, heard_of
 from client.training.compute import Compute
 from client.work import SiteWork, Task
+from common.evidence.receipt import sign_receipt
+from common.evidence.signing import public_key_hex
 from common.privacy.ledger_rows import Cohort as LedgerCohort
 from common.protocol import codec
 from common.protocol.manifest import Shapes, objections
 from common.protocol.messages import (
+    CanaryOrder,
+    CanaryReply,
     EnrolOrder,
     EnrolReply,
     LedgerHead,
@@ -152,6 +162,8 @@ class Site:
             with self._store.lock():
                 reply, shapes, labels = self._answer(order)
                 found = objections(reply, order=order, shapes=shapes, labels=labels)  # (9)
+                if not found:
+                    self._note_left(order, reply)  # (10)
             if found:
                 self._log("reply kept back", order, code=RefusalCode.INTERNAL, detail="; ".join(found))
                 reply = RefusalReply(code=RefusalCode.INTERNAL)
@@ -178,10 +190,12 @@ class Site:
             self._budget.check_witness(order, enrolled.store, enrolled.order.coordinator_key)  # (3)
             return self._answer_enrolled(order, enrolled), enrolled.shapes, len(enrolled.study.labels)
 
-    def _answer_enrolled(self, order: PaidOrder | StatementOrder, enrolled: _Enrolled) -> Reply:
+    def _answer_enrolled(self, order: PaidOrder | FreeOrder, enrolled: _Enrolled) -> Reply:
         match order:
+            case CanaryOrder():
+                return self._guess(order, enrolled)
             case StatementOrder():
-                return self._state(order)
+                return self._state(order, enrolled.store)
             case WarmUpOrder() | TrainOrder() | ScoreOrder() | UtilityOrder():
                 return self._answer_once(order, enrolled)
             case _:
@@ -211,13 +225,26 @@ class Site:
                 "the site joined this study with other public weights or another coordinator; nothing was changed. "
                 "Resume the campaign that it joined, or start a study of another name.",
             )
+        self._receipt_key(fresh=SecureStream.from_entropy().bytes(RECEIPT_KEY_BYTES))
+        return self._joined(order.study_digest, store)
+
+    def _joined(self, study_digest: str, store: StudyStore) -> EnrolReply:
+        """Return the public facts of this site in a study, as they are now."""
         return EnrolReply(
-            study_digest=order.study_digest,
-            holdout_commitment=store.cohort().split.commitment,
+            study_digest=study_digest,
+            holdout_commitment=store.cohort_identity().commitment,
             policy_digest=self._policy.digest,
             code_digest=code_digest(),
             simulated=self.simulated,
+            receipt_key=public_key_hex(self._receipt_key().public_key()),
         )
+
+    def _receipt_key(self, fresh: bytes | None = None) -> Ed25519PrivateKey:
+        """Return the key of this site's receipts: kept from `fresh` on, or in simulation from the seed."""
+        if self._settings.simulation_seed is not None:
+            stream = SecureStream.from_seed(self._settings.simulation_seed, self._settings.site, "receipt")
+            return Ed25519PrivateKey.from_private_bytes(stream.bytes(RECEIPT_KEY_BYTES))
+        return self._store.receipt_key(fresh)
 
     def _draw_cohort(self, study: Study, digest: str) -> Cohort:
         """Prepare the patients and draw who is held out. Raises OrderRefused(COHORT) below the minimum."""
@@ -243,6 +270,10 @@ class Site:
             return SecureStream.from_seed(self._settings.simulation_seed, self._settings.site, "holdout")
         return SecureStream(self._store.holdout_key(SecureStream.from_entropy().bytes(HOLDOUT_KEY_BYTES)))
 
+    def _canary_stream(self, study_digest: str) -> SecureStream:
+        """Key this study's canaries by a secret of the site: who knew them could tell them from patients."""
+        return self._holdout_stream().fork("canaries", study_digest)
+
     # --- orders that cost ----------------------------------------------------------------------------
 
     def _answer_once(self, order: PaidOrder, enrolled: _Enrolled) -> Reply:
@@ -259,7 +290,7 @@ class Site:
         )
         with self._budget.reserved(order, enrolled.study, enrolled.store) as reserved:  # (5)
             task = self._task(order, enrolled)  # (6)
-            state = enrolled.store.last_state() if isinstance(order, TrainOrder) else None
+            state = enrolled.store.last_state() if isinstance(order, TrainOrder | ScoreOrder) else None
             reply, kept = self._do(order, task, state, reserved.spend())
             if kept is not None and isinstance(order, TrainOrder):  # (7)
                 enrolled.store.save_state(order.round, kept)
@@ -270,7 +301,10 @@ class Site:
     def _do(
         self, order: PaidOrder, task: Task, state: Mapping[str, Tensor] | None, head: LedgerHead
     ) -> tuple[Reply, Mapping[str, Tensor] | None]:
-        """The work of step (6): the reply, and what training keeps. head: for the reply, never for randomness."""
+        """The work of step (6): the reply, and what training keeps. head: for the reply, never for randomness.
+
+        state: what the last done round left; None before the first.
+        """
         match order:
             case WarmUpOrder():
                 sums = self._work.warm_up(order, task)
@@ -286,13 +320,14 @@ class Site:
                 )
                 return reply, kept
             case ScoreOrder():
-                histograms = self._work.score(order, task, audit_plan(order))
+                histograms, critic_tells = self._work.score(order, task, audit_plan(order), state)
                 return (
                     ScoreReply(
                         study_digest=order.study_digest,
                         weights_digest=order.weights_digest,
                         audit_plan_digest=order.audit_plan_digest,
                         histograms=histograms,
+                        critic_tells=critic_tells,
                         ledger_head=head,
                     ),
                     None,
@@ -309,12 +344,14 @@ class Site:
             public_critic=enrolled.order.public_critic,
             public_generator=enrolled.order.public_generator,
             stream=self._stream(order),
+            canaries=self._canary_stream(order.study_digest),
             compute=Compute(
                 device=self._settings.device,
                 precision=self._settings.precision,
                 memory_mib=self._settings.training_memory_mib,
             ),
             research_answers=self._policy.research_answers,
+            reference_set=self._settings.reference_set,
             observer=self._observer,
         )
 
@@ -328,14 +365,35 @@ class Site:
         # The whole order is a label: two questions answered with the same noise would cancel it out.
         return SecureStream.from_seed(seed, site, order.study_digest, number, purpose, codec.digest(order))
 
-    def _state(self, order: StatementOrder) -> StatementReply:
-        """State what the study has spent. Free and always fresh: the ledger holds no patient's data."""
-        return StatementReply(
+    def _guess(self, order: CanaryOrder, enrolled: _Enrolled) -> CanaryReply:
+        """Guess which canaries took part. Free: made of noised sums that are paid for, and about nobody."""
+        check_canaries(order, enrolled.study, last_round=enrolled.store.last_round())  # (4)
+        heard = heard_of(enrolled.store.last_state() or {}, order.canaries)
+        inside = coins(order.canaries, self._canary_stream(order.study_digest))
+        return CanaryReply(
+            study_digest=order.study_digest,
+            guesses=guesses(heard, inside, order.rules),
+            ledger_head=self._budget.ledger.head,
+        )
+
+    def _state(self, order: StatementOrder, store: StudyStore) -> StatementReply:
+        """State what the study has spent, and sign it. Free and always fresh: the ledger holds no patient's data."""
+        statement = StatementReply(
             study_digest=order.study_digest,
             members=self._budget.spent(order.study_digest, LedgerCohort.MEMBERS),
             nonmembers=self._budget.spent(order.study_digest, LedgerCohort.NONMEMBERS),
             ledger_head=self._budget.ledger.head,
         )
+        receipt = receipt_of(self._settings.site, self._joined(order.study_digest, store), statement, store)
+        return replace(statement, receipt=sign_receipt(receipt, self._receipt_key()))
+
+    def _note_left(self, order: Order, reply: Reply) -> None:
+        """Note the digests of a reply that cost budget, under the site's lock."""
+        if isinstance(order, EnrolOrder | CanaryOrder | StatementOrder) or isinstance(reply, RefusalReply):
+            return
+        store = self._store.study(order.study_digest)
+        if store is not None:
+            store.note_left(order, answered(order, reply))
 
     # --- the site's own log ----------------------------------------------------------------------------
 

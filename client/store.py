@@ -6,13 +6,15 @@
     ├── paused               present while the hospital has paused this site
     ├── holdout.key          32 bytes; decides who is held out, the same in every study
     ├── ledger.key           32 bytes; binds the ledger to this site and its rows to their patients
+    ├── receipt.key          32 bytes; the Ed25519 key that signs what this site states about its part in a study
     └── studies/<study digest>/
         ├── enrolment        the order that was accepted: study, public critic, public generator
         ├── cohort.safetensors
         ├── witness          the last head of the ledger that the coordinator countersigned
         ├── round-0003.state critic and optimisers after round 3; the last two are kept
-        └── replies/warm-up-<order digest>, train-0003-<order digest>, score-<order digest>,
-                     utility-<order digest>
+        ├── replies/warm-up-<order digest>, train-0003-<order digest>, score-<order digest>,
+        │            utility-<order digest>
+        └── left/        the same names: digests of each reply that was handed over, for the receipt
 
 Every file is written whole or not at all, and durably before the next one is begun. A round counts as
 done exactly when its reply is stored. A kill between any two writes therefore leaves one of two things:
@@ -38,6 +40,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -47,6 +50,7 @@ from client.cohort import Cohort, CohortIdentity, read_identity
 from client.orders import PaidOrder
 from common.errors import IntegrityError, ProtocolError
 from common.evidence.atomic import write_atomic
+from common.evidence.receipt import Answered
 from common.protocol import codec
 from common.protocol.messages import (
     EnrolOrder,
@@ -61,6 +65,7 @@ from common.protocol.messages import (
 
 KEPT_STATES = 2
 HOLDOUT_KEY_BYTES = 32
+RECEIPT_KEY_BYTES = 32
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _WARM_UP = "warm-up-"
 _TRAIN_REPLY = re.compile(r"train-(\d{4,})-[0-9a-f]{64}")
@@ -103,6 +108,15 @@ class SiteStore:
     def ledger_key(self, fresh: bytes) -> bytes:
         """Return the stored key, or store `fresh` (32 bytes) as the key and return it."""
         return self._key("ledger.key", fresh)
+
+    def receipt_key(self, fresh: bytes | None = None) -> Ed25519PrivateKey:
+        """Return the stored key, or store `fresh` (32 bytes) as the key and return it.
+
+        Without `fresh` a missing key is an IntegrityError: the coordinator would believe no other.
+        """
+        if fresh is None and not (self.folder / "receipt.key").exists():
+            raise IntegrityError(f"receipt.key is missing; {_RESTORE}")
+        return Ed25519PrivateKey.from_private_bytes(self._key("receipt.key", fresh or bytes(RECEIPT_KEY_BYTES)))
 
     @property
     def has_ledger_key(self) -> bool:
@@ -166,6 +180,7 @@ class StudyStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.replies = folder / "replies"
+        self.left = folder / "left"
         self.cohort_file = folder / "cohort.safetensors"
         self.witness_file = folder / "witness"
         self.enrolment_file = folder / "enrolment"
@@ -226,6 +241,22 @@ class StudyStore:
         if isinstance(order, TrainOrder):
             for number in sorted(self._states())[:-KEPT_STATES]:
                 self._state_file(number).unlink()
+
+    def note_left(self, order: PaidOrder, answered: Answered) -> None:
+        """Store that the reply to this order is handed over; again for a repeated order changes nothing."""
+        path = self.left / _reply_name(order)
+        if not path.exists():
+            self.left.mkdir(exist_ok=True, mode=0o700)
+            _write(path, answered.model_dump_json(exclude_none=True).encode())
+
+    def answers(self) -> tuple[Answered, ...]:
+        """Return all replies that were handed over, in order of their names. Raises IntegrityError when damaged."""
+        if not self.left.exists():
+            return ()
+        try:
+            return tuple(Answered.model_validate_json(_read(path)) for path in sorted(self.left.glob("[!.]*")))
+        except ValueError as damage:
+            raise IntegrityError(f"the notes of what left cannot be read; {_RESTORE}") from damage
 
     def last_round(self) -> int:
         """Return the last done round, 0 when none is."""

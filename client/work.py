@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,7 +18,9 @@ from client.cohort import Cohort
 from client.ingest import ingest
 from client.randomness import SecureStream
 from client.scoring import utility
+from client.scoring.critic_control import critic_tells, randomised_response
 from client.scoring.score import score_site
+from client.training.canaries import canaries_of
 from client.training.compute import Compute
 from client.training.loop import train_round
 from client.training.state import GameState
@@ -40,7 +43,7 @@ from common.protocol.messages import (
     WarmUpOrder,
 )
 from common.settings.site import PhantomSource, SiteSettings
-from common.settings.study import Study
+from common.settings.study import Question, Study
 from common.telemetry.events import Observer
 
 INGEST_REPORT = "ingest-report.json"
@@ -50,7 +53,9 @@ INGEST_REPORT = "ingest-report.json"
 class Task:
     """What every kind of work on an enrolled study gets.
 
-    stream: keyed for this order alone. public_critic, public_generator: as the study was enrolled with.
+    stream: keyed for this order alone. canaries: the site's secret stream for this study's canaries, the same in every
+    round. public_critic, public_generator: as the study was enrolled with.
+    reference_set: folder of scans that an audit may compare with at no cost; None where the site has none.
     """
 
     study: Study
@@ -58,8 +63,10 @@ class Task:
     public_critic: Weights | None
     public_generator: Weights
     stream: SecureStream
+    canaries: SecureStream
     compute: Compute
     research_answers: bool
+    reference_set: Path | None
     observer: Observer
 
 
@@ -106,23 +113,43 @@ def train(order: TrainOrder, task: Task, kept: Mapping[str, Tensor] | None) -> t
         cohort=task.cohort,
         stream=task.stream,
         observer=task.observer,
+        canaries=canaries_of(task.study, state.critic, task.canaries),
         task=f"round {order.round}",
         compute=task.compute,
     )
     return weights, {name: tensor.cpu() for name, tensor in state.tensors().items()}
 
 
-def score(order: ScoreOrder, task: Task, plan: AuditPlan) -> tuple[NoisedHistogram, ...]:
-    """Score every patient against volumes of the order's generator and of the public start."""
-    return score_site(
+def score(
+    order: ScoreOrder, task: Task, plan: AuditPlan, kept: Mapping[str, Tensor] | None
+) -> tuple[tuple[NoisedHistogram, ...], bool | None]:
+    """Score every patient against volumes of the order's generator and of the public start; the critic's noised bit.
+
+    kept: what the last done round left. A site that has trained no round has no critic that could tell.
+    """
+    histograms = score_site(
         cohort=task.cohort,
-        generator=generator_from(task.study, order.weights),
-        reference=generator_from(task.study, task.public_generator),
+        generator=generator_from(task.study, order.weights, task.compute.device),
+        reference=generator_from(task.study, task.public_generator, task.compute.device),
         plan=plan,
         seed=order.seed,
         stream=task.stream,
         observer=task.observer,
+        consented=_consented(task),
+        device=task.compute.device,
     )
+    if Question.CRITIC not in plan.questions or plan.epsilon_per_question is None:
+        return histograms, None
+    tells = kept is not None and critic_tells(task.study, kept, task.cohort, task.compute.device)
+    return histograms, randomised_response(tells, plan.epsilon_per_question, task.stream)
+
+
+def _consented(task: Task) -> list[Tensor] | None:
+    """Scans of the site's reference set, prepared like a patient's; None where it has none."""
+    if task.reference_set is None:
+        return None
+    patients = ingest(task.reference_set, task.study, observer=task.observer).patients
+    return [torch.from_numpy(scan) for scans in patients.values() for scan in scans.astype(np.float32)]
 
 
 def measure_utility(order: UtilityOrder, task: Task, head: LedgerHead) -> UtilityReply:
@@ -145,5 +172,7 @@ class SiteWork:
     patients: Callable[[SiteSettings, Study, Observer], Mapping[str, NDArray[np.float16]]] = read_patients
     warm_up: Callable[[WarmUpOrder, Task], tuple[float, ...]] = warm_up
     train: Callable[[TrainOrder, Task, Mapping[str, Tensor] | None], tuple[Weights, Mapping[str, Tensor]]] = train
-    score: Callable[[ScoreOrder, Task, AuditPlan], tuple[NoisedHistogram, ...]] = score
+    score: Callable[
+        [ScoreOrder, Task, AuditPlan, Mapping[str, Tensor] | None], tuple[tuple[NoisedHistogram, ...], bool | None]
+    ] = score
     utility: Callable[[UtilityOrder, Task, LedgerHead], UtilityReply] = measure_utility

@@ -7,6 +7,8 @@ pyproject.toml. The first sentence of its docstring is its help line; it is read
 - `--json` prints one JSON object on standard output and nothing else; progress goes to standard error.
 - A name of two words, `site ledger`, is a sub-command of a group; what the group is for is the first sentence of the
   docstring of the module that holds its first command.
+- A group may be a command as well: of `audit` and `audit verify` the second runs when the next word is `verify`, the
+  first for anything else. A file called `verify` is then given as `./verify`.
 - It prints results itself and raises an error of `common.errors` for everything else; a result that is a
   refusal ends with `raise typer.Exit(ExitCode.REFUSED)` once it is printed.
 - Torch and other heavy libraries are imported inside the function.
@@ -103,7 +105,8 @@ class CommandGroup(click.Group):
         params: Sequence[click.Parameter] = (),
     ) -> None:
         super().__init__(name=name, help=text, params=list(params))
-        self._found: dict[str, EntryPoint | CommandGroup] = {}
+        self._found: dict[str, EntryPoint] = {}
+        self._groups: dict[str, CommandGroup] = {}
         groups: dict[str, list[EntryPoint]] = {}
         for point in commands:
             first, _, rest = point.name.partition(" ")
@@ -112,20 +115,23 @@ class CommandGroup(click.Group):
             else:
                 self._found[first] = point
         for first, points in groups.items():
-            self._found[first] = CommandGroup(points, name=first, text=f"{_module_line(points[0])}.")
+            self._groups[first] = CommandGroup(points, name=first, text=f"{_module_line(points[0])}.")
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
         """Names of all sub-commands."""
-        return sorted(self._found)
+        return sorted({*self._found, *self._groups})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """Import and build one sub-command; None when there is none of that name."""
-        found = self._found.get(cmd_name)
-        if found is None or isinstance(found, CommandGroup):
-            return found
+        found, group = self._found.get(cmd_name), self._groups.get(cmd_name)
+        if found is None:
+            return group
         drop_logs()
         app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-        app.command(cmd_name)(found.load())
+        # click wraps an epilog's paragraphs, but not one that begins with \b.
+        further = [f"  {name}  {text}" for name, text in group.lines(cmd_name)] if group else []
+        epilog = "\n".join(["\b", "Further commands:", *further]) if further else None
+        app.command(cmd_name, epilog=epilog)(found.load())
         command = typer.main.get_command(app)
         command.context_class = _PlainContext
         return command
@@ -133,21 +139,31 @@ class CommandGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click, and the nearest name for a misspelt one."""
-        name = args[0]
-        if name not in self._found and not name.startswith("-"):
-            near = difflib.get_close_matches(name, self._found, n=1)
+        """As click. A word that names a sub-command wins over the group's own command; a misspelt one is told."""
+        name, rest = args[0], args[1:]
+        if name not in self.list_commands(ctx) and not name.startswith("-"):
+            near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
             ctx.fail(f"there is no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+        group = self._groups.get(name)
+        if group and rest and rest[0] in group.list_commands(ctx):
+            return name, group, rest
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the sub-commands without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, self._line(name)) for name in self.list_commands(ctx)])
+            formatter.write_dl([row for name in self.list_commands(ctx) for row in self._lines(name)])
 
-    def _line(self, name: str) -> str:
-        found = self._found[name]
-        return (found.help or "").rstrip(".") if isinstance(found, CommandGroup) else help_line(found)
+    def lines(self, word: str) -> list[tuple[str, str]]:
+        """Name as it is typed after `consilium`, and first sentence, of each sub-command."""
+        return [(f"{word} {name}", help_line(point)) for name, point in sorted(self._found.items())]
+
+    def _lines(self, name: str) -> list[tuple[str, str]]:
+        """Its line; of a command with further ones, a line for each of these as well."""
+        found, group = self._found.get(name), self._groups.get(name)
+        if found is None:
+            return [(name, (group.help or "").rstrip("."))] if group else []
+        return [(name, help_line(found)), *(group.lines(name) if group else [])]
 
 
 class _PlainFormatter(click.HelpFormatter):

@@ -1,6 +1,8 @@
-"""The audit as the campaign conducts it: the plan is fixed and recorded before anybody looks.
+"""The audit as the campaign conducts it: the plan is fixed and recorded before anybody looks, and before training.
 
-(1) plan made from public settings, written, and its digest put into the evidence chain
+`fix_plan`, right after enrolment:
+(1) plan made from public settings, written, signed, and its digest put into the evidence chain
+`conduct_audit`, after training:
 (2) one `ScoreOrder` to every site whose generator went in
 (3) validate each answer; store the answers
 (4) judge, store the result
@@ -9,37 +11,48 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 import rfc8785
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import TypeAdapter
 
 from common.errors import IntegrityError, UsageError
 from common.evidence.atomic import write_atomic
-from common.evidence.canonical import Json
+from common.evidence.canonical import Json, sha256_hex
 from common.evidence.chain import EvidenceChain
+from common.evidence.predicate import ANSWERS_RECORD, PLAN_RECORD, QUESTION_RECORD, RESULT_RECORD
+from common.evidence.signing import Purpose, seal_json
 from common.generator.weights import Weights
 from common.measure.audit_plan import AuditPlan, make_plan
+from common.privacy.calibration import plan_of
 from common.protocol.messages import RefusalReply, Reply, ScoreOrder, ScoreReply
 from common.settings.load import study_digest
 from common.settings.study import Study
-from server.audit.result import AuditResult
+from server.audit.result import AuditResult, MechanismAudit
 from server.audit.verdict import judge
 from server.evidence_log import append_once
+from server.mechanism_stage import rejudge_mechanism
 from server.sites import NoReply, Sites
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What the sites answered to one plan about one generator. missing: fixed phrase by site."""
+    """What the sites answered to one plan about one generator. missing: fixed phrase by site that was asked."""
 
     plan_digest: str
     weights_digest: str
     replies: Mapping[str, ScoreReply]
     missing: Mapping[str, str]
+
+    @property
+    def participants(self) -> tuple[str, ...]:
+        """Every site that was asked: those whose weights went in."""
+        return tuple(sorted({*self.replies, *self.missing}))
 
     def to_json(self) -> bytes:
         """Canonical JSON."""
@@ -65,6 +78,11 @@ class AuditFolder:
     def plan_file(self) -> Path:
         """The plan, fixed before looking."""
         return self.path / "plan.json"
+
+    @property
+    def sealed_plan_file(self) -> Path:
+        """The plan under the auditor's signature, made before any site was asked to train."""
+        return self.path / "plan.dsse.json"
 
     @property
     def answers_file(self) -> Path:
@@ -97,11 +115,12 @@ class AuditFolder:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Question:
-    """What is audited, and by whom.
+    """What is audited, by whom, and by which plan.
 
     participants: sites whose generators went in. reference: the public start. seed: of the candidate volumes.
     """
 
+    plan: AuditPlan
     participants: tuple[str, ...]
     generator: Weights
     reference: Weights
@@ -114,19 +133,22 @@ def conduct_audit(
     folder: AuditFolder,
     question: Question,
     *,
+    mechanism: MechanismAudit | None = None,
     chain: EvidenceChain,
     now: Callable[[], datetime],
 ) -> AuditResult:
-    """Steps (1) to (4). What is already on disk is not asked again; a site would answer from its cache anyway."""
-    participants, generator = question.participants, question.generator
-    plan = _fixed_plan(study, folder, participants)  # (1)
-    fixed: dict[str, Json] = {
+    """Steps (2) to (4). What is already on disk is not asked again; a site would answer from its cache anyway.
+
+    mechanism: what the canaries told, to stand in the result beside the rest.
+    """
+    participants, generator, plan = question.participants, question.generator, question.plan
+    asked: dict[str, Json] = {
         "plan_digest": plan.digest,
         "weights_digest": generator.digest,
         "reference_digest": question.reference.digest,
         "seed": question.seed,
     }
-    append_once(chain, "audit-plan", fixed, now)
+    append_once(chain, QUESTION_RECORD, asked, now)
 
     answers = folder.answers()
     if not _complete(answers, plan, generator, participants):
@@ -145,17 +167,29 @@ def conduct_audit(
         write_atomic(folder.answers_file, answers.to_json())
     assert answers is not None  # noqa: S101  # for mypy: `_complete` refuses None
     stored = hashlib.sha256(answers.to_json()).hexdigest()
-    append_once(chain, "audit-answers", {"sha256": stored, "missing": dict(answers.missing)}, now)
+    append_once(chain, ANSWERS_RECORD, {"sha256": stored, "missing": dict(answers.missing)}, now)
 
-    result = judge(plan, answers.replies, study.release)  # (4)
+    judged = judge(plan, answers.replies, study.release, participants=participants)  # (4)
+    result = replace(judged, mechanism=mechanism)
     write_atomic(folder.result_file, result.to_json().encode())
-    append_once(chain, "audit-result", {"verdict": result.verdict.value, "result_digest": result.digest}, now)
+    append_once(chain, RESULT_RECORD, {"verdict": result.verdict.value, "result_digest": result.digest}, now)
     return result
 
 
-def _fixed_plan(study: Study, folder: AuditFolder, participants: tuple[str, ...]) -> AuditPlan:
-    """The stored plan, or a new one. It follows from public settings alone, so another one on disk is damage."""
-    plan = make_plan(study, participants)
+def fix_plan(
+    study: Study,
+    folder: AuditFolder,
+    enrolled: tuple[str, ...],
+    *,
+    key: Ed25519PrivateKey,
+    chain: EvidenceChain,
+    now: Callable[[], datetime],
+) -> AuditPlan:
+    """Step (1): the stored plan, or a new one. It follows from public settings, so another one on disk is damage.
+
+    key: the auditor's. Signing again gives the same bytes.
+    """
+    plan = make_plan(study, enrolled)
     stored = folder.plan()
     if stored is None:
         write_atomic(folder.plan_file, plan.to_json().encode())
@@ -164,6 +198,9 @@ def _fixed_plan(study: Study, folder: AuditFolder, participants: tuple[str, ...]
             f"{folder.plan_file} is not the plan that the study prescribes; nothing was scored. "
             "It was changed, or written by another version: start a new run."
         )
+    sealed = seal_json(json.loads(plan.to_json()), key, Purpose.AUDIT_PLAN)
+    write_atomic(folder.sealed_plan_file, sealed)
+    append_once(chain, PLAN_RECORD, {"plan_digest": plan.digest, "sealed": sha256_hex(sealed)}, now)
     return plan
 
 
@@ -215,6 +252,7 @@ def rejudge(study: Study, folder: AuditFolder) -> tuple[AuditResult, bool]:
         raise UsageError(
             f"the run has no answers of its sites yet ({folder.path}); nothing was judged. Resume the run."
         )
-    result = judge(plan, answers.replies, study.release)
+    judged = judge(plan, answers.replies, study.release, participants=answers.participants)
+    result = replace(judged, mechanism=rejudge_mechanism(study, plan_of(study), folder.path))
     recorded = folder.result_file.is_file() and folder.result_file.read_text(encoding="utf-8") == result.to_json()
     return result, recorded

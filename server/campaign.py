@@ -1,10 +1,10 @@
 """One study from enrolment to a signed outcome.
 
 (1) warm start on public phantoms; its digest goes into every enrolment
-(2) enrolment: who takes part, hold-outs committed
+(2) enrolment: who takes part, hold-outs committed; the audit's plan fixed
 (3) warm-up, where the study has one: noised sums of public features, and the public start fitted to them
 (4) rounds
-(5) audit: plan fixed and recorded, then scores, then verdict
+(5) canaries: did training deliver the epsilon it claims; audit: scores, then verdict
 (6) candidates drawn and quarantined
 (7) utility
 (8) statements: what each site's ledger says after its last answer
@@ -33,19 +33,22 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from common.errors import IntegrityError
 from common.evidence.atomic import write_atomic
 from common.evidence.chain import EvidenceChain
-from common.evidence.predicate import CohortEpsilon, DecisionFacts, Outcome
+from common.evidence.predicate import ENROLMENT_RECORD, CohortEpsilon, DecisionFacts, Outcome
 from common.evidence.signing import create_signing_key, load_signing_key
 from common.generator.network import read_weights, save_weights
+from common.measure.audit_plan import AuditPlan
 from common.privacy.calibration import plan_of
 from common.privacy.mechanism import Plan
 from common.privacy.mechanism_json import mechanism_json
 from common.settings.load import study_digest
 from common.settings.study import Study
 from common.telemetry.events import CampaignStarted, Observer, StageFinished
-from server.audit_stage import AuditFolder, Question, conduct_audit
+from server.audit.result import MechanismAudit
+from server.audit_stage import AuditFolder, Question, conduct_audit, fix_plan
 from server.checkpoint import CheckpointStore
-from server.enrolment import ENROLMENT_RECORD, Enrolment, enrol, enrolment_from
+from server.enrolment import Enrolment, enrol, enrolment_from
 from server.evidence_log import append_once, last_record
+from server.mechanism_stage import CANARIES_RECORD, conduct_mechanism_audit, has_claim_to_check
 from server.pretrain import WarmStart, warm_start
 from server.release.bundle import record_decision
 from server.release_stage import (
@@ -152,9 +155,12 @@ def run_campaign(
     _record_beginning(campaign, plan)
     public = _warm_start(campaign)  # (1)
     enrolment = _enrol(campaign, public)  # (2)
+    fixed = fix_plan(  # what decides the verdict stands before any patient is looked at
+        study, AuditFolder(path=run.audit), enrolment.names, key=key, chain=campaign.chain, now=now
+    )
     warmed = _warm_up(campaign, plan, public, enrolment)  # (3)
     trained = _train(campaign, plan, public, enrolment, warmed)  # (4)
-    _audit_and_decide(campaign, trained, public)  # (5) to (10)
+    _audit_and_decide(campaign, trained, public, fixed)  # (5) to (10)
     return _finish(run)
 
 
@@ -283,20 +289,41 @@ def _train(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolme
     )
 
 
-def _audit_and_decide(campaign: Campaign, trained: Trained, public: WarmStart) -> None:
+def _guess_canaries(campaign: Campaign, trained: Trained) -> MechanismAudit | None:
+    """The first half of stage (5); None for a study that has nothing to refute."""
+    if not has_claim_to_check(trained.study, trained.plan):
+        return None
+    with campaign.stage(CANARIES_RECORD) as ended:
+        mechanism = conduct_mechanism_audit(
+            trained.study,
+            trained.plan,
+            campaign.sites,
+            campaign.run.audit,
+            participants=trained.trainers,
+            chain=campaign.chain,
+            now=campaign.now,
+        )
+        ended(mechanism.verdict.value)
+    return mechanism
+
+
+def _audit_and_decide(campaign: Campaign, trained: Trained, public: WarmStart, fixed: AuditPlan) -> None:
     """Stages (5) to (11)."""
     run, chain, now = campaign.run, campaign.chain, campaign.now
-    with campaign.stage("audit") as ended:  # (5)
+    mechanism = _guess_canaries(campaign, trained)  # (5)
+    with campaign.stage("audit") as ended:
         audit = conduct_audit(
             trained.study,
             campaign.sites,
             AuditFolder(path=run.audit),
             Question(
+                plan=fixed,
                 participants=trained.participants,
                 generator=trained.generator,
                 reference=public.generator,
                 seed=candidates_seed(campaign.seed),
             ),
+            mechanism=mechanism,
             chain=chain,
             now=now,
         )
@@ -310,7 +337,8 @@ def _audit_and_decide(campaign: Campaign, trained: Trained, public: WarmStart) -
             trained, campaign.sites, run, seed=campaign.seed, chain=chain, observer=campaign.observer, now=now
         )
     with campaign.stage("release") as ended:
-        statements = statements_of(trained, campaign.sites, chain=chain, now=now)  # (8)
+        answers = AuditFolder(path=run.audit).answers()
+        statements = statements_of(trained, campaign.sites, answers=answers, chain=chain, now=now)  # (8)
         decision = decide_release(  # (9)
             trained,
             statements=statements,
@@ -326,6 +354,7 @@ def _audit_and_decide(campaign: Campaign, trained: Trained, public: WarmStart) -
             trained,
             run,
             decision,
+            statements=statements,
             report=page(utility=utility, now=now()),
             utility=utility,
             chain=chain,

@@ -89,12 +89,23 @@ def release(
     run: RunArgument,
     *,
     out: Annotated[Path, typer.Option(help="New folder for the release.", show_default=False)],
+    unsafe_bypass: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REASON",
+            help="UNSAFE: hand out the volumes of a refused run, for this reason, if the study allows that. The folder "
+            "is marked UNSAFE throughout and never verifies as a release.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Verify a run's signed release and copy it out. A run that was refused releases nothing: exit code 1."""
     from common.evidence.atomic import whole_folder  # noqa: PLC0415
 
     folder = _finished(run)
+    if unsafe_bypass is not None:
+        _bypass(folder, out, unsafe_bypass, as_json=as_json)
+        return
     verified = verify_bundle(folder.release, trusted_key=None, now=datetime.now(UTC))
     if verified.outcome is not Outcome.RELEASE:
         reasons = verified.predicate.decision.reasons
@@ -108,9 +119,25 @@ def release(
     _show(verified.predicate.decision, report=out / REPORT, release=out, as_json=as_json)
 
 
+def _bypass(run: RunFolder, out: Path, reason: str, *, as_json: bool) -> None:
+    """Hand out what was refused, and say so as loudly as the folder does."""
+    from server.release.bypass import bypass_gate  # noqa: PLC0415
+
+    with run.locked():
+        predicate = bypass_gate(run, out, reason=reason, now=datetime.now(UTC))
+    facts = {"unsafe": True, "outcome": predicate.decision.outcome.value, "reason": reason, "folder": str(out)}
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, sort_keys=True))
+    else:
+        typer.echo(f"UNSAFE: the gate decided {predicate.decision.outcome.value}; {out} is not a release")
+        typer.echo(f"  recorded in {run.evidence}; `consilium verify {out}` refuses it")
+    raise typer.Exit(code=ExitCode.REFUSED)
+
+
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a run or of a release.", show_default=False)],
     *,
+    pdf: Annotated[Path | None, typer.Option(help="Also write the report as PDF (extra `pdf`, system's Pango).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the summary of a run or a release, and where its report is."""
@@ -122,6 +149,13 @@ def report(
         decision, page, text = read_decision(folder), folder / REPORT, folder / CARD_TEXT
     else:
         raise UsageError(f"{folder} is neither a run nor a release; nothing was done.")
+    if pdf is not None:
+        from common.evidence.atomic import write_atomic  # noqa: PLC0415
+        from server.audit.pdf import pdf_of  # noqa: PLC0415
+
+        if not pdf.parent.is_dir():
+            raise UsageError(f"{pdf.parent} is not a folder; no PDF was written. Make it, or choose another --pdf.")
+        write_atomic(pdf, pdf_of(page.read_text(encoding="utf-8")))
     if as_json:
         typer.echo(json.dumps({**decision.model_dump(mode="json"), "report": str(page)}, indent=2, sort_keys=True))
     else:

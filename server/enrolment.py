@@ -3,7 +3,7 @@
 (1) ask every approved site
 (2) validate each answer; a bad one is a refusal with its reason
 (3) quorum
-(4) record commitments, policies and code of the participants in the evidence chain
+(4) record commitments, policies, code and receipt keys of the participants in the evidence chain
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Final
 from common.errors import IntegrityError, Unreachable
 from common.evidence.canonical import Json
 from common.evidence.chain import EvidenceChain, Record
+from common.evidence.predicate import ENROLMENT_RECORD
 from common.generator.weights import Weights
 from common.protocol.messages import EnrolOrder, EnrolReply, RefusalReply, Reply
 from common.settings.load import study_digest, study_json
 from common.settings.study import Study
 from server.sites import NoReply, Sites
 
-ENROLMENT_RECORD: Final = "enrolment"
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -100,14 +100,18 @@ def enrolment_from(record: Record, digest: str) -> Enrolment:
     replies: dict[str, EnrolReply] = {}
     for name in _order(body, participants):
         facts = participants[name]
-        if not isinstance(facts, Mapping):
-            raise IntegrityError(f"the enrolment record of {name} is unreadable; nothing was done.")
+        if not isinstance(facts, Mapping) or "receipt_key" not in facts:
+            raise IntegrityError(
+                f"the enrolment record of {name} is unreadable, or of an older version; nothing was done. "
+                "Start a new run."
+            )
         replies[name] = EnrolReply(
             study_digest=digest,
             holdout_commitment=str(facts["holdout_commitment"]),
             policy_digest=str(facts["policy_digest"]),
             code_digest=str(facts["code_digest"]),
             simulated=bool(facts["simulated"]),
+            receipt_key=str(facts["receipt_key"]),
         )
     return Enrolment(participants=replies, refused={str(k): str(v) for k, v in refused.items()})
 
@@ -122,9 +126,10 @@ def _checked(answer: Reply | NoReply, digest: str) -> EnrolReply | str:
         case EnrolReply() if answer.study_digest != digest:
             return "reply is for another study"
         case EnrolReply() if not all(
-            _DIGEST.fullmatch(text) for text in (answer.holdout_commitment, answer.policy_digest, answer.code_digest)
+            _DIGEST.fullmatch(text)
+            for text in (answer.holdout_commitment, answer.policy_digest, answer.code_digest, answer.receipt_key)
         ):
-            return "commitment, policy or code digest is not a SHA-256"
+            return "commitment, policy or code digest is not a SHA-256, or receipt key not an Ed25519 key"
         case EnrolReply():
             return answer
         case _:
@@ -155,6 +160,7 @@ def _body(digest: str, enrolment: Enrolment) -> dict[str, Json]:
                 "policy_digest": reply.policy_digest,
                 "code_digest": reply.code_digest,
                 "simulated": reply.simulated,
+                "receipt_key": reply.receipt_key,
             }
             for name, reply in enrolment.participants.items()
         },

@@ -19,9 +19,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from common.adversary.critic import build_critic
 from common.errors import IntegrityError
 from common.evidence.atomic import write_atomic
-from common.evidence.canonical import Json
+from common.evidence.canonical import Json, sha256_hex
 from common.evidence.chain import EvidenceChain
-from common.evidence.predicate import Outcome
+from common.evidence.predicate import STATEMENTS_RECORD, Outcome
+from common.evidence.verification import DECISION, EVIDENCE
 from common.generator.network import PairGenerator, generator_from
 from common.generator.sampling import sample_batches, sample_pairs
 from common.generator.weights import Weights
@@ -32,9 +33,12 @@ from common.protocol.messages import StatementOrder, StatementReply
 from common.settings.load import study_digest
 from common.settings.study import Study
 from common.telemetry.events import Observer
-from server.audit.facts import ReportFacts, RoundCourse
-from server.audit.report import render_report, render_summary
+from server.audit.facts import AuditedScans, CampaignFacts, Gallery, ReportFacts, RoundCourse
+from server.audit.json_report import report_json
+from server.audit.mapping import AUDIT_PLAN, AUDIT_RESULT
+from server.audit.report import render_markdown, render_report, render_summary
 from server.audit.result import AuditResult
+from server.audit_stage import Answers
 from server.checkpoint import RoundRecord
 from server.enrolment import Enrolment
 from server.evidence_log import append_once, last_record
@@ -55,6 +59,13 @@ from server.sites import Sites
 from server.utility import UtilityResult, measure_utility
 
 _GALLERY: Final = 4  # volumes shown in the report
+# Files that the report may cite, as they are called in a bundle and, but for the decision, in the run.
+CITED: Final = {
+    DECISION: "the signed decision, in the bundle only",
+    EVIDENCE: "what happened, hash-linked: enrolment, audit plan before any answer, statements, decision",
+    AUDIT_PLAN: "the audit's plan, fixed before looking",
+    AUDIT_RESULT: "the audit's verdict and all numbers it rests on",
+}
 _VERSIONED: Final = ("consilium", "flwr", "torch", "opacus", "monai", "numpy")
 
 
@@ -77,6 +88,11 @@ class Trained:
         """Sites whose replies entered the generator, in the order of the study."""
         used = {*self.released, *joined.from_iterable(record.replies for record in self.rounds)}
         return tuple(name for name in self.enrolment.names if name in used)
+
+    @property
+    def trainers(self) -> tuple[str, ...]:
+        """Those of them whose rounds were used; a warm-up alone has no canaries."""
+        return tuple(name for name in self.participants if any(name in record.replies for record in self.rounds))
 
     @property
     def network(self) -> PairGenerator:
@@ -161,27 +177,33 @@ def utility_of(
 
 
 def statements_of(
-    trained: Trained, sites: Sites, *, chain: EvidenceChain, now: Callable[[], datetime]
+    trained: Trained, sites: Sites, *, answers: Answers | None, chain: EvidenceChain, now: Callable[[], datetime]
 ) -> dict[str, SiteStatement]:
-    """What each participant's ledger says now, after its last answer. A site that does not answer is missing."""
+    """What each participant's ledger says now, after its last answer. A site that does not answer is missing.
+
+    answers: what the sites answered to the audit; each site's receipt must name its own.
+    """
     digest = study_digest(trained.study)
     order = StatementOrder(study_digest=digest)
-    answers = sites.ask(dict.fromkeys(trained.participants, order), trained.study.federation.deadline_s)
-    stated = {name: answer for name, answer in answers.items() if isinstance(answer, StatementReply)}
+    replies = sites.ask(dict.fromkeys(trained.participants, order), trained.study.federation.deadline_s)
+    stated = {name: reply for name, reply in replies.items() if isinstance(reply, StatementReply)}
     body: dict[str, Json] = {
         name: {
             "members": [mechanism_json(m) for m in reply.members],
             "nonmembers": [mechanism_json(m) for m in reply.nonmembers],
             "ledger_head": asdict(reply.ledger_head),
+            "receipt": reply.receipt and sha256_hex(reply.receipt.encode()),
         }
         for name, reply in stated.items()
     }
-    append_once(chain, "statements", body, now)
+    append_once(chain, STATEMENTS_RECORD, body, now)
     return {
         name: SiteStatement.of(
+            name,
             enrolled=trained.enrolment.participants[name],
             stated=reply,
-            rounds=sum(name in record.replies for record in trained.rounds),
+            trained={r.round: r.replies[name] for r in trained.rounds if name in r.replies},
+            scored=answers.replies.get(name) if answers else None,
             released=name in trained.released,
             delta=trained.study.privacy.delta,
         )
@@ -216,6 +238,7 @@ def publish(
     run: RunFolder,
     decision: Decision,
     *,
+    statements: Mapping[str, SiteStatement],
     report: str,
     utility: UtilityResult | None,
     chain: EvidenceChain,
@@ -223,7 +246,15 @@ def publish(
     now: datetime,
 ) -> None:
     """Write `release/`: the signed bundle, or the signed refusal. The candidates leave quarantine only in a bundle."""
-    dossier = Dossier(study=trained.study, decision=decision, report_html=report, utility=utility)
+    dossier = Dossier(
+        study=trained.study,
+        decision=decision,
+        report_html=report,
+        report_data=run.report_json.read_bytes() if run.report_json.exists() else None,
+        utility=utility,
+        receipts={name: s.receipt.sealed for name, s in statements.items() if s.receipt and s.receipt.sealed},
+        audit=run.audit,
+    )
     if decision.outcome is Outcome.RELEASE:
         write_release(
             run.release,
@@ -250,25 +281,40 @@ def write_report(
     chain: EvidenceChain,
     now: datetime,
 ) -> str:
-    """Write the run's `report.html` and `summary.md`; returns the page. The copy in `release/` is the signed one."""
+    """Write the run's report as page, Markdown, JSON and summary; returns the page.
+
+    The copy in `release/` is the signed one.
+    """
+    study = trained.study
     facts = ReportFacts(
-        study=trained.study,
-        decision=decision.facts,
-        plan=trained.plan,
+        title=study.study,
+        purpose=study.purpose,
         audit=audit,
-        utility=utility,
-        rounds=_course(trained),
-        synthetic=sample_pairs(trained.network, seed=candidates_seed(seed), first=0, count=_GALLERY),
-        phantom=public_phantoms(trained.study, derive(seed, "gallery"), _GALLERY),
-        federation=_federation(statements, trained.plan),
-        critic_parameters=sum(p.numel() for p in build_critic(trained.study).parameters()),
-        seed=seed if decision.facts.simulated else None,
+        scans=AuditedScans.of_study(study),
+        gallery=Gallery(
+            labels=tuple(study.labels[value] for value in sorted(study.labels)),
+            synthetic=sample_pairs(trained.network, seed=candidates_seed(seed), first=0, count=_GALLERY),
+            phantom=public_phantoms(study, derive(seed, "gallery"), _GALLERY),
+        ),
         versions=_versions(),
-        evidence={"evidence chain": chain.head},
         made_at=now,
+        digests={"Evidence chain, head": chain.head},
+        records=CITED,
+        campaign=CampaignFacts(
+            study=study,
+            decision=decision.facts,
+            plan=trained.plan,
+            utility=utility,
+            rounds=_course(trained),
+            federation=_federation(statements, trained.plan),
+            critic_parameters=sum(p.numel() for p in build_critic(study).parameters()),
+            seed=seed if decision.facts.simulated else None,
+        ),
     )
     page = render_report(facts)
     write_atomic(run.report, page.encode())
+    write_atomic(run.report_text, render_markdown(facts).encode())
+    write_atomic(run.report_json, report_json(facts))
     write_atomic(run.summary, render_summary(facts).encode())
     return page
 

@@ -169,6 +169,16 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def report_text(self) -> Path:
+        """The whole report, Markdown."""
+        return self.path / "report.md"
+
+    @property
+    def report_json(self) -> Path:
+        """The report for machines, canonical JSON."""
+        return self.path / "report.json"
+
+    @property
     def summary(self) -> Path:
         """The report in short, Markdown."""
         return self.path / "summary.md"

@@ -130,8 +130,8 @@ def values(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
             words = f"{len(items)} of: {values(items[0], definitions)}"
         case {"type": "object"}:
             words = "whole number: name"
-        case {"type": "null"}:
-            words = "`null`"
+        case {"type": "null" | "boolean" as kind}:
+            words = "`null`" if kind == "null" else "`true` or `false`"
         case {"type": "string"}:
             words = text_values(schema)
         case {"type": "number" | "integer" as kind}:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
 from common.evidence.predicate import AuditBound, AuditFacts, CohortEpsilon, DecisionFacts, Outcome, SiteFacts
 from common.measure.audit_plan import Endpoint, default_edges
+from common.measure.epsilon_bounds import EpsilonBound
 from common.measure.intervals import Bound, Interval, Side
 from common.privacy.mechanism import DpSgd, NoisedCounts, Plan
 from common.protocol.messages import SegmenterSource
 from common.settings.study import Study
-from server.audit.facts import ReportFacts, RoundCourse
+from server.audit.facts import AuditedScans, CampaignFacts, Gallery, ReportFacts, RoundCourse
+from server.audit.report import render_report
 from server.audit.result import (
+    AttributeInference,
     AuditResult,
     AuditThresholds,
+    BlindBaseline,
+    CriticControl,
     EndpointResult,
+    MechanismAudit,
+    MechanismVerdict,
     NullControl,
     PlantedControl,
     PooledHistogram,
@@ -32,6 +41,12 @@ from server.federation_epsilon import federation_epsilon
 from server.utility import NotMeasured, UtilityResult, UtilityRow
 
 DIGEST = "4f" * 32
+MADE_AT = datetime(2026, 11, 20, 14, 5, tzinfo=UTC)
+EXAMPLE_RECORDS = {
+    "decision.json": "the signed decision",
+    "evidence.jsonl": "what happened, hash-linked",
+    "audit/plan.json": "the plan, fixed before looking",
+}
 SITES = ("site-1", "site-2", "site-3")
 MEMBERS, NONMEMBERS = 910, 490
 EXAMPLE_MECHANISM = DpSgd(noise_multiplier=1.37, sampling_probability=0.1, steps=480)
@@ -69,35 +84,82 @@ def example_facts(
     study: Study | None = None,
     coarser: tuple[str, ...] = (),
     reasons: tuple[str, ...] = (),
+    everything: bool = False,
 ) -> ReportFacts:
-    """A finished campaign of three hospitals. leak: shift of the members' scores in standard deviations."""
+    """A finished campaign of three hospitals. leak: shift of the members' scores in standard deviations.
+
+    everything: with canaries, the hospitals' own critics, attribute inference and lower bounds on epsilon.
+    """
     study = study or example_study()
-    audit = example_audit(leak) if audited else None
+    audit = example_audit(leak, everything=everything) if audited else None
     return ReportFacts(
-        study=study,
-        decision=example_decision(
-            study, outcome=outcome, simulated=simulated, coarser=coarser, reasons=reasons, audit=audit
-        ),
-        plan=Plan(
-            mechanism=EXAMPLE_MECHANISM,
-            clip_norm=1.0,
-            divisor=30.0,
-            steps_per_round=40,
-            rounds=12,
-            target_epsilon=6.0,
-            delta=1e-4,
-        ),
+        title=study.study,
+        purpose=study.purpose,
         audit=audit,
-        utility=example_utility(),
-        rounds=tuple(example_round(number) for number in range(1, 13)),
-        synthetic=example_pairs(seed=1, count=6),
-        phantom=example_pairs(seed=2, count=6),
-        federation=federation_epsilon({site: [EXAMPLE_MECHANISM, NoisedCounts(epsilon=2.0)] for site in SITES}, 1e-4),
-        critic_parameters=11_777,
-        seed=7 if simulated else None,
+        scans=AuditedScans.of_study(study),
+        gallery=Gallery(
+            labels=tuple(study.labels[value] for value in sorted(study.labels)),
+            synthetic=example_pairs(seed=1, count=6),
+            phantom=example_pairs(seed=2, count=6),
+        ),
         versions={"consilium": "0.1.0", "torch": "2.13.0", "flwr": "1.41.0", "python": "3.11.9"},
-        evidence={"Evidence chain, head": "1b" * 32},
-        made_at=datetime(2026, 11, 20, 14, 5, tzinfo=UTC),
+        made_at=MADE_AT,
+        digests={"Evidence chain, head": "1b" * 32},
+        records=EXAMPLE_RECORDS,
+        campaign=CampaignFacts(
+            study=study,
+            decision=example_decision(
+                study, outcome=outcome, simulated=simulated, coarser=coarser, reasons=reasons, audit=audit
+            ),
+            plan=Plan(
+                mechanism=EXAMPLE_MECHANISM,
+                clip_norm=1.0,
+                divisor=30.0,
+                steps_per_round=40,
+                rounds=12,
+                target_epsilon=6.0,
+                delta=1e-4,
+            ),
+            utility=example_utility(),
+            rounds=tuple(example_round(number) for number in range(1, 13)),
+            federation=federation_epsilon(
+                {site: [EXAMPLE_MECHANISM, NoisedCounts(epsilon=2.0)] for site in SITES}, 1e-4
+            ),
+            critic_parameters=11_777,
+            seed=7 if simulated else None,
+        ),
+    )
+
+
+def example_audit_alone(leak: float = 0.0, *, exact: bool = False) -> ReportFacts:
+    """An audit of volumes that no campaign made: no ledger, no decision, no labels, no random hold-out.
+
+    exact: counted without noise, on the machine where the scans are.
+    """
+    audit = replace(example_audit(leak), sites=("here",), weights_digest=None)
+    if exact:
+        audit = replace(audit, epsilon_members=None, epsilon_nonmembers=None)
+    return ReportFacts(
+        title="Volumes of another maker",
+        purpose="To see whether a folder of synthetic volumes gives away who was used for them.",
+        audit=audit,
+        scans=AuditedScans(
+            modality="pet",
+            shape=(32, 32, 32),
+            spacing_mm=(4.0, 4.0, 4.0),
+            volumes=400,
+            holdout="As the folder of patients held out was given; nobody committed to it beforehand.",
+            random_holdout=False,
+            preparation=("Resampled to the grid above.", "Defacing: none by this software."),
+            attacks=("near_copy", "nearest"),
+        ),
+        gallery=Gallery(
+            labels=(),
+            synthetic=example_pairs(seed=1, count=2)[:, :1],
+            phantom=np.zeros((0, 1, 32, 32, 32), dtype=np.float32),
+        ),
+        versions={"consilium": "0.1.0"},
+        made_at=MADE_AT,
     )
 
 
@@ -161,11 +223,11 @@ def example_utility() -> UtilityResult:
     )
 
 
-def example_audit(leak: float) -> AuditResult:
-    """Both attacks on 910 members and 490 non-members."""
+def example_audit(leak: float, *, everything: bool = False) -> AuditResult:
+    """Every endpoint on 910 members and 490 non-members."""
     endpoints = tuple(_endpoint(name, leak, seed) for seed, name in enumerate(Endpoint))
     leaking = leak > 0.5
-    return AuditResult(
+    found = AuditResult(
         verdict=Verdict.FAIL if leaking else Verdict.PASS,
         reasons=("near_copy: members are told from non-members, AUC at least 0.71",) if leaking else (),
         endpoints=endpoints,
@@ -176,9 +238,56 @@ def example_audit(leak: float) -> AuditResult:
         epsilon_nonmembers=4.0,
         false_positive_rate=0.01,
         confidence=0.95,
-        thresholds=AuditThresholds(max_auc=0.6, max_auc_site=0.7, max_tpr=0.06, max_detectable_copies=0.05),
+        thresholds=AuditThresholds(
+            max_auc=0.6,
+            max_auc_site=0.7,
+            max_tpr=0.06,
+            max_detectable_copies=0.05,
+            max_inference_lift=0.05,
+            max_blind_auc=0.55,
+        ),
         plan_digest=DIGEST,
         weights_digest=DIGEST,
+    )
+    return _with_everything(found) if everything else found
+
+
+def _with_everything(found: AuditResult) -> AuditResult:
+    """All that a plan may ask for beside the endpoints."""
+    bound = EpsilonBound(
+        method="Clopper–Pearson, split threshold",
+        assumption="",
+        value=Bound(value=0.31, side=Side.LOWER, confidence=0.95),
+        ceiling=4.87,
+        delta=1e-4,
+    )
+    return replace(
+        found,
+        endpoints=tuple(replace(endpoint, epsilon_lower=bound) for endpoint in found.endpoints),
+        inference=AttributeInference(
+            question="Is the labelled structure larger than the median of the synthetic ones?",
+            members=interval(0.612, 0.03),
+            nonmembers=interval(0.604, 0.04),
+            lift=interval(0.008, 0.05),
+            lower=Bound(value=-0.033, side=Side.LOWER, confidence=0.95),
+            upper=Bound(value=0.049, side=Side.UPPER, confidence=0.95),
+        ),
+        blind=BlindBaseline(auc=interval(0.503, 0.03), passed=True),
+        critic=CriticControl(sites=3, found=1, epsilon=1.0, share=interval(0.14, 0.5)),
+        mechanism=MechanismAudit(
+            verdict=MechanismVerdict.CONSISTENT,
+            canaries=3000,
+            guesses=300,
+            correct=203,
+            claimed_epsilon=6.0,
+            delta=1e-4,
+            bounds=(
+                replace(bound, method="one run, any mechanism", ceiling=6.4),
+                replace(bound, method="one run, f-DP", assumption="the accountant's own trade-off curve", ceiling=9.1),
+            ),
+            without_noise=6.4,
+            reasons=(),
+        ),
     )
 
 
@@ -255,6 +364,7 @@ def _endpoint(name: Endpoint, leak: float, seed: int) -> EndpointResult:
         "member_a": _counts(rng.normal(0.42 + 0.16 * leak, 0.16, MEMBERS // 2), rng),
         "member_b": _counts(rng.normal(0.42 + 0.16 * leak, 0.16, MEMBERS // 2), rng),
         "nonmember": _counts(rng.normal(0.42, 0.16, NONMEMBERS), rng),
+        "planted": _counts(np.concatenate([rng.normal(0.42, 0.16, NONMEMBERS - 25), rng.normal(1.7, 0.3, 25)]), rng),
     }
     members = np.array(counts["member_a"]) + np.array(counts["member_b"])
     found = np.append(0, np.cumsum(members[::-1])) / members.sum()
@@ -329,3 +439,17 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
         "reasons": ("the smallest fraction of copies the audit could have seen is 11.0%; the study asks for 5.0%",),
     },
 }
+
+REPORTS: Mapping[str, Callable[[], ReportFacts]] = {
+    **{name: partial(example_facts, **settings) for name, settings in VARIANTS.items()},
+    "everything": partial(example_facts, everything=True),
+    "no audit": partial(example_facts, audited=False, outcome=Outcome.INCONCLUSIVE),
+    "alone": example_audit_alone,
+    "exact": partial(example_audit_alone, exact=True),
+}
+
+
+@cache
+def rendered(name: str) -> str:
+    """The page of one of `REPORTS`; drawing it takes seconds."""
+    return render_report(REPORTS[name]())

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from common.measure.audit_plan import AuditPlan, Endpoint, EndpointPlan, default_edges
+from common.measure.audit_plan import SCORE_VERSION, AuditPlan, EndpointPlan, default_edges, endpoints_of
 from common.privacy.accounting import gaussian_mu
 from common.privacy.mechanism import DpSgd, GaussianRelease, Plan
-from common.settings.study import Study
+from common.settings.study import AttackName, Question, Study
 
 TINY: dict[str, Any] = {
     "study": "tiny",
@@ -35,7 +35,9 @@ TINY: dict[str, Any] = {
         "fake_batch": 4,
     },
     "warm_start": {"phantom": "vessels", "volumes": 16, "steps": 0, "batch": 4},
+    "audit": {"volumes": 16, "inversion_steps": 1, "canaries": 0},
 }
+TINY_ATTACKS = (AttackName.NEAR_COPY, AttackName.NEAREST)
 
 
 def tiny_study(*, labels: Mapping[int, str] | None = None, **changes: Any) -> Study:
@@ -75,16 +77,21 @@ def tiny_release(study: Study, *, noise: float) -> GaussianRelease:
 
 
 def tiny_audit_plan(**changes: Any) -> AuditPlan:
-    """Both endpoints on the default edges, for one site of any name; `changes` replace whole fields."""
+    """The sampling attacks on the default edges, for one site of any name; `changes` replace whole fields."""
     plan = AuditPlan(
-        score_version=1,
+        score_version=SCORE_VERSION,
         study="tiny",
         sites=(),
         quorum=1,
-        endpoints=tuple(EndpointPlan(name=name, edges=default_edges()) for name in Endpoint),
+        attacks=TINY_ATTACKS,
+        inversion_steps=0,
+        endpoints=tuple(EndpointPlan(name=name, edges=default_edges()) for name in endpoints_of(TINY_ATTACKS)),
         volumes=16,
+        reference_volumes=16,
         calibration_volumes=16,
         epsilon_per_answer=1.0,
+        questions=tuple(Question),
+        epsilon_per_question=0.5,
         planted_fraction=0.05,
         false_positive_rate=0.01,
         confidence=0.95,

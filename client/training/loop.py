@@ -3,10 +3,10 @@
 The critic sees real patients only through `PatientClipper.clipped_sum` -> `noisy`. Everything else here
 touches generated volumes, public constants and the noised critic, so it is post-processing:
 
-(1) draw patients: a fresh Poisson draw for each critic step, never reused
+(1) draw patients, and the canaries that take part: one fresh Poisson draw for each critic step, never reused
 (2) real part: gradient per patient, clipped and summed; fake part: a fixed number of generated volumes, clipped
-    the same way, with a public weight; both in one pass
-(3) the sum is noised once and divided by a public constant
+    the same way, with a public weight; both in one pass. Canaries are clipped and added
+(3) the sum is noised once; the canaries are listened to in what comes out; it is divided by a public constant
 (4) Lipschitz control on weights or on generated volumes
 (5) generator step through the critic, which is not updated by it
 """
@@ -22,11 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from client.cohort import Cohort
+from client.cohort import Cohort, poisson_draw
 from client.randomness import SecureStream
+from client.training.canaries import Canaries
 from client.training.clipping.engine import PatientClipper
 from client.training.clipping.memory import patients_within
-from client.training.clipping.part import Part
+from client.training.clipping.part import Given, Part
 from client.training.compute import CPU, Compute
 from client.training.ladder import GRACE, accuracy_on_fakes
 from client.training.noise import noisy
@@ -52,15 +53,20 @@ def train_round(
     cohort: Cohort,
     stream: SecureStream,
     observer: Observer,
+    canaries: Canaries | None = None,
     task: str = "training",
     compute: Compute = CPU,
 ) -> tuple[Weights, GameState]:
     """Train `plan.steps_per_round` critic steps; return the generator's weights and the state to keep.
 
     weights: the round's generator. stream: keyed for this round alone; the same key gives the same bits on the
-    same machine. compute: how this hospital's machine does it; changes rounding, never the mechanism.
+    same machine. canaries: as many as the study says, None for a study without them.
+    compute: how this hospital's machine does it; changes rounding, never the mechanism.
     Raises SettingsError for a critic in which patients cannot be told apart, or when not one fits the memory.
     """
+    if (0 if canaries is None else len(canaries.inside)) != study.audit.canaries:
+        raise ValueError(f"the study has {study.audit.canaries} canaries, others were given; nothing was trained")
+    takers = canaries.takers if canaries else ()
     load_weights(state.generator, weights)
     at_once = patients_within(
         state.critic,
@@ -71,14 +77,27 @@ def train_round(
     clipper = PatientClipper(state.critic, patients_at_once=at_once, autocast=compute.autocast, channels_last=True)
     draws, noise, fakes = stream.fork("draw"), stream.fork("noise"), stream.fork("latent")
     for step in range(plan.steps_per_round):
-        drawn = cohort.draw(draws, plan.mechanism.sampling_probability)  # (1)
-        views = gather_views(cohort, drawn, study.training.views_per_patient, draws).to(state.device)
-        _critic_step(study, plan, state, clipper, views=views, noise=noise, fakes=fakes)
+        patients, numbers = draw_units(cohort, takers, draws, plan.mechanism.sampling_probability)  # (1)
+        views = gather_views(cohort, patients, study.training.views_per_patient, draws).to(state.device)
+        given = None
+        if canaries is not None:
+            given = Given(gradients=canaries.gradients(numbers, state.device), clip_norm=plan.clip_norm)
+        noised = _critic_step(study, plan, state, clipper, views=views, given=given, noise=noise, fakes=fakes)
+        if canaries is not None:
+            state = replace(state, heard=state.heard + canaries.hear(noised))
         state = replace(state, critic_steps=state.critic_steps + 1)
         if state.critic_steps >= _critic_steps_wanted(study, state):
             state = _generator_turn(study, plan, state, _latents(fakes, study, state.device))  # (5)
         observer(Progress(task=task, done=step + 1, total=plan.steps_per_round))
     return weights_of(state.generator), state
+
+
+def draw_units(
+    cohort: Cohort, takers: Sequence[int], stream: SecureStream, probability: float
+) -> tuple[list[str], list[int]]:
+    """Patients and canaries of one step, from one draw: a sampler that is wrong for patients is wrong for canaries."""
+    drawn: list[str | int] = poisson_draw([*cohort.members, *takers], stream, probability)
+    return [unit for unit in drawn if isinstance(unit, str)], [unit for unit in drawn if isinstance(unit, int)]
 
 
 def _critic_steps_wanted(study: Study, state: GameState) -> int:
@@ -133,10 +152,14 @@ def _critic_step(
     clipper: PatientClipper,
     *,
     views: Tensor,
+    given: Given | None,
     noise: SecureStream,
     fakes: SecureStream,
-) -> None:
-    """Steps (2) to (4): ((sum of clipped real + (divisor / F) * sum of clipped fake) + noise) / divisor."""
+) -> Tensor:
+    """Steps (2) to (4): ((sum of clipped real + (divisor / F) * sum of clipped fake) + noise) / divisor.
+
+    Returns the noised sum (P,), before the division: exactly what leaves the mechanism.
+    """
     training, critic = study.training, state.critic
     with torch.no_grad():
         generated = state.generator(_latents(fakes, study, state.device))
@@ -147,14 +170,16 @@ def _critic_step(
         clip_norm=plan.clip_norm,  # as public as its weight; clipped so that both sides of the game pull alike
         weight=plan.divisor / study.training.fake_batch,
     )
-    total = clipper.clipped_sum([real, fake])  # (2)
+    total = clipper.clipped_sum([real, fake], given)  # (2)
     scale = plan.mechanism.noise_multiplier * plan.clip_norm
-    gradient = noisy(total, scale=scale, stream=noise) / plan.divisor  # (3)
+    noised = noisy(total, scale=scale, stream=noise)  # (3)
+    gradient = noised / plan.divisor
     if training.lipschitz is Lipschitz.FAKE_PENALTY:
         gradient = gradient + _penalty_gradient(state, generated, fakes)
     _assign_gradient(critic, gradient)
     state.critic_optimiser.step()
     limit_slope(critic, training.lipschitz)  # (4)
+    return noised
 
 
 def _assign_gradient(critic: nn.Module, flat: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from client.training.canaries import HEARD, heard_of
 from client.training.ladder import Ladder
 from common.adversary.critic import Critic, build_critic
 from common.adversary.optimisers import critic_optimiser, generator_optimiser, optimiser_tensors, restore_optimiser
@@ -22,6 +23,7 @@ from common.settings.study import Study
 class GameState:
     """Both networks with their optimisers. The generator's weights come with each order; the rest stays here.
 
+    heard: (m,) float64, of each canary over all steps so far; see `client.training.canaries`.
     critic_steps: since the last generator step. ladder: how many are wanted, where the study lets it climb.
     """
 
@@ -29,6 +31,7 @@ class GameState:
     critic: Critic
     generator_optimiser: Optimizer
     critic_optimiser: Optimizer
+    heard: Tensor
     critic_steps: int = 0
     ladder: Ladder = field(default_factory=Ladder)
 
@@ -49,6 +52,7 @@ class GameState:
             critic=critic,
             generator_optimiser=generator_optimiser(generator.parameters(), study.training),
             critic_optimiser=critic_optimiser(critic.parameters(), study.training),
+            heard=torch.zeros(study.audit.canaries, dtype=torch.float64),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -58,6 +62,7 @@ class GameState:
             **optimiser_tensors(self.critic_optimiser, "critic_optimiser"),
             **optimiser_tensors(self.generator_optimiser, "generator_optimiser"),
             **self.ladder.tensors(),
+            HEARD: self.heard.clone(),
             "pace.critic_steps": torch.tensor(self.critic_steps),
         }
 
@@ -78,7 +83,12 @@ class GameState:
             ) from error
         restore_optimiser(state.critic_optimiser, "critic_optimiser", tensors)
         restore_optimiser(state.generator_optimiser, "generator_optimiser", tensors)
-        return replace(state, ladder=Ladder.restore(tensors), critic_steps=_critic_steps(tensors))
+        return replace(
+            state,
+            ladder=Ladder.restore(tensors),
+            critic_steps=_critic_steps(tensors),
+            heard=heard_of(tensors, study.audit.canaries),
+        )
 
 
 def _critic_steps(tensors: Mapping[str, Tensor]) -> int:

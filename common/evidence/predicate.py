@@ -12,9 +12,21 @@ from common.errors import VerificationFailed
 from common.evidence.canonical import Json, canonical_json, sha256_hex
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
-PREDICATE_TYPE = "urn:consilium:release-decision:v1"
-DECISION_RECORD = "decision"  # kind of the evidence record that every bundle's chain ends with
+PREDICATE_TYPE = "urn:consilium:release-decision:v2"
 
+# Kinds of evidence records that a verifier reads.
+ENROLMENT_RECORD = "enrolment"
+ROUND_RECORD = "round"
+PLAN_RECORD = "audit-plan"
+QUESTION_RECORD = "audit-question"
+ANSWERS_RECORD = "audit-answers"
+RESULT_RECORD = "audit-result"
+STATEMENTS_RECORD = "statements"
+DECISION_RECORD = "decision"  # every bundle's chain ends with it
+BYPASS_RECORD = "unsafe-bypass"  # unless the decision was overruled: then with this, right after it
+
+# A sentence of a person that is printed again: one line, nothing that steers a terminal.
+Reason = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]{10,500}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 
@@ -49,7 +61,11 @@ class CohortEpsilon(Fact):
 
 
 class SiteFacts(Fact):
-    """What one site stated. members: patients trained on; nonmembers: patients held out for audit and utility."""
+    """What one site stated. members: patients trained on; nonmembers: patients held out for audit and utility.
+
+    receipt_key: Ed25519 public key, hex, that the site enrolled with. receipt: SHA-256 of its receipt in the bundle;
+    None when it gave none, or none that holds.
+    """
 
     members: CohortEpsilon
     nonmembers: CohortEpsilon
@@ -58,6 +74,8 @@ class SiteFacts(Fact):
     policy_digest: str
     code_digest: str
     ledger_head: str
+    receipt_key: Digest | None = None
+    receipt: Digest | None = None
 
 
 class AuditBound(Fact):
@@ -111,15 +129,24 @@ class DecisionFacts(Fact):
         return sha256_hex(canonical_json(self.model_dump(mode="json")))
 
 
+class Bypass(Fact):
+    """Somebody overruled the gate. reason: their words. refusal: SHA-256 of the attestation of the signed refusal."""
+
+    reason: Reason
+    refusal: Digest
+
+
 class Predicate(Fact):
     """What is signed, besides the digests of all files.
 
+    bypass: None unless volumes were handed out although the decision is a refusal; then nothing here is a release.
     evidence_head: digest of the chain's last record. expires: None for a refusal, which does not expire.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     decision: DecisionFacts
     decision_id: Digest
+    bypass: Bypass | None = None
     evidence_head: Digest
     code_version: str
     issued: AwareDatetime = Field(strict=False)
@@ -142,7 +169,7 @@ class Statement(Fact):
 
     type_: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
     subject: Annotated[tuple[Subject, ...], Field(min_length=1)]
-    predicate_type: Literal["urn:consilium:release-decision:v1"] = Field(alias="predicateType")
+    predicate_type: Literal["urn:consilium:release-decision:v2"] = Field(alias="predicateType")
     predicate: Predicate
 
 

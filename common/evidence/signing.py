@@ -1,6 +1,7 @@
-"""Ed25519 keys and the signed envelope of a release.
+"""Ed25519 keys and the envelopes that they sign.
 
-Envelope: DSSE v1, exactly one signature, in canonical JSON; payload: an in-toto Statement v1.
+Envelope: DSSE v1, exactly one signature, in canonical JSON. The payload's type is under the signature and says what
+was signed for: nothing that a key signed for one purpose can be taken for another.
 [github.com/secure-systems-lab/dsse, protocol.md; github.com/in-toto/attestation, spec/v1]
 """
 
@@ -8,7 +9,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -24,15 +28,27 @@ from cryptography.hazmat.primitives.serialization import (
 
 from common.errors import IntegrityError, UsageError, VerificationFailed
 from common.evidence.atomic import write_atomic
-from common.evidence.canonical import canonical_json, parse_canonical, sha256_hex
+from common.evidence.canonical import Json, canonical_json, parse_canonical, sha256_hex
 
-PAYLOAD_TYPE = "application/vnd.in-toto+json"
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_SIGNATURE_BYTES = 64
+
+
+class Purpose(StrEnum):
+    """What an envelope is signed for: the type of its payload."""
+
+    RELEASE = "application/vnd.in-toto+json"  # the auditor's attestation of a bundle
+    AUDIT_PLAN = "application/vnd.consilium.audit-plan+json"  # the auditor, before any score exists
+    SITE_RECEIPT = "application/vnd.consilium.site-receipt+json"  # a site, about what it answered
+    COUNTERSIGNATURE = "application/vnd.consilium.countersignature+json"  # a second reviewer of a bundle
+    REVOCATIONS = "application/vnd.consilium.revocations+json"  # the auditor, about what must not be used any more
 
 
 @dataclass(frozen=True, kw_only=True)
 class Envelope:
     """A parsed envelope whose signature has not been checked yet. keyid: fingerprint the signer gave."""
 
+    purpose: Purpose
     payload: bytes
     keyid: str
     signature: bytes
@@ -102,45 +118,88 @@ def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
-def seal(payload: bytes, key: Ed25519PrivateKey) -> bytes:
+def public_key_hex(key: Ed25519PublicKey) -> str:
+    """The public key as 64 hexadecimal digits, as messages and the evidence chain carry it."""
+    return key.public_bytes_raw().hex()
+
+
+def read_public_key_hex(text: str, name: str) -> Ed25519PublicKey:
+    """The public key that `public_key_hex` wrote. name: whose, for the VerificationFailed that is raised for others."""
+    if not _FINGERPRINT.fullmatch(text):
+        raise VerificationFailed(f"{name}: is not an Ed25519 public key")
+    return Ed25519PublicKey.from_public_bytes(bytes.fromhex(text))
+
+
+def seal_json(body: Mapping[str, Json], key: Ed25519PrivateKey, purpose: Purpose) -> bytes:
+    """Sign a JSON object for one purpose: the envelope, as the bytes of its file; `open_json` is its counterpart."""
+    return seal(canonical_json(body), key, purpose)
+
+
+def open_json(data: bytes, name: str, *, key: Ed25519PublicKey, purpose: Purpose) -> dict[str, Json]:
+    """The object that the owner of `key` signed for `purpose`.
+
+    name: the file, for the VerificationFailed that is raised when it was changed, signed by another key or for
+    another purpose.
+    """
+    envelope = parse_envelope(data, name, purpose)
+    check_signature(envelope, key, name)
+    value = parse_canonical(envelope.payload, name)
+    if not isinstance(value, dict):
+        raise VerificationFailed(f"{name}: does not hold a JSON object")
+    return value
+
+
+def seal(payload: bytes, key: Ed25519PrivateKey, purpose: Purpose) -> bytes:
     """The envelope around `payload`, as the bytes of its file."""
-    signature = key.sign(pre_authentication_encoding(PAYLOAD_TYPE, payload))
+    signature = key.sign(pre_authentication_encoding(purpose.value, payload))
     return canonical_json(
         {
-            "payloadType": PAYLOAD_TYPE,
+            "payloadType": purpose.value,
             "payload": base64.b64encode(payload).decode(),
             "signatures": [{"keyid": fingerprint(key.public_key()), "sig": base64.b64encode(signature).decode()}],
         }
     )
 
 
-def parse_envelope(data: bytes, name: str) -> Envelope:
-    """The envelope in `data`. name: the file, for the VerificationFailed that is raised when it is malformed."""
+def parse_envelope(data: bytes, name: str, purpose: Purpose) -> Envelope:
+    """The envelope in `data`, signed by whomever for `purpose`.
+
+    name: the file, for the VerificationFailed that is raised when it is malformed or for another purpose.
+    """
     value = parse_canonical(data, name)
     if not isinstance(value, dict) or set(value) != {"payloadType", "payload", "signatures"}:
         raise VerificationFailed(f"{name}: is not a DSSE envelope")
-    if value["payloadType"] != PAYLOAD_TYPE:
-        raise VerificationFailed(f"{name}: its payload is not an in-toto statement")
+    if value["payloadType"] != purpose.value:
+        raise VerificationFailed(f"{name}: was not signed as {purpose.value}")
     signatures = value["signatures"]
     if not isinstance(signatures, list) or len(signatures) != 1:
         raise VerificationFailed(f"{name}: does not carry exactly one signature")
     signature = signatures[0]
     if not isinstance(signature, dict) or set(signature) != {"keyid", "sig"}:
         raise VerificationFailed(f"{name}: its signature is malformed")
-    return Envelope(
-        payload=_decode(value["payload"], name),
-        keyid=str(signature["keyid"]),
-        signature=_decode(signature["sig"], name),
-    )
+    keyid, signed = signature["keyid"], _decode(signature["sig"], name)
+    if not isinstance(keyid, str) or not _FINGERPRINT.fullmatch(keyid) or len(signed) != _SIGNATURE_BYTES:
+        raise VerificationFailed(f"{name}: its signature is malformed")
+    return Envelope(purpose=purpose, payload=_decode(value["payload"], name), keyid=keyid, signature=signed)
 
 
 def signed_by(envelope: Envelope, key: Ed25519PublicKey) -> bool:
     """Whether `key` made the envelope's signature."""
     try:
-        key.verify(envelope.signature, pre_authentication_encoding(PAYLOAD_TYPE, envelope.payload))
+        key.verify(envelope.signature, pre_authentication_encoding(envelope.purpose.value, envelope.payload))
     except InvalidSignature:
         return False
     return True
+
+
+def check_signature(envelope: Envelope, key: Ed25519PublicKey, name: str) -> None:
+    """Raise VerificationFailed, naming the file `name`, unless `key` made the signature and is the key it names."""
+    if envelope.keyid != fingerprint(key):
+        raise VerificationFailed(
+            f"{name}: was signed by key {envelope.keyid[:16]}..., not by {fingerprint(key)[:16]}... as it should be"
+        )
+    if not signed_by(envelope, key):
+        raise VerificationFailed(f"{name}: was changed after it was signed; its signature does not hold")
 
 
 def _decode(text: object, name: str) -> bytes:

@@ -5,14 +5,19 @@ Steps, each repeated where it happens:
 (2) the attestation is a well-formed envelope
 (3) it is signed by the public key in the bundle, which is the trusted key where one is given
 (4) it holds a release statement whose decision has the id it names
-(5) every file is a subject of the statement, every subject is a file, every SHA-256 is right
-(6) manifest.json lists the same digests
-(7) the evidence chain holds, ends at the signed head, and its last record is this decision
+(5) every file is a subject of the statement, every subject is a file, every SHA-256 is right; only countersignatures
+    and a list of revocations, which come later, are neither
+(6) manifest.json lists the same digests, and says UNSAFE where the gate was bypassed
+(7) the evidence chain holds, ends at the signed head, and its last record is this decision, or its bypass
 (8) decision.json says what was signed
 (9) the card and the report carry the signed decision and its epsilon
-(10) a release holds a generator and volumes; a refusal holds neither
-(11) the release was issued and has not expired
-Whoever calls this decides what a signed refusal means; here it is an authentic bundle like any other.
+(10) a release holds a generator and volumes; a refusal holds neither; a bypassed refusal holds volumes only
+(11) each site's receipt is signed by the key it enrolled with, and says what the decision says
+(12) the release was issued and has not expired
+(13) every countersignature is one of this bundle, and those that the caller asks for are there
+(14) no list of revocations names it, and the list is the auditor's and no older than the one in the bundle
+Whoever calls this decides what a signed refusal, or a bypassed one, means; here it is an authentic bundle like any
+other, which is no release.
 
 Without a trusted key step 3 shows only that all files belong together: whoever replaces every
 file and the key makes a bundle that holds. Compare the fingerprint with the auditor's own word.
@@ -31,10 +36,21 @@ from pathlib import Path, PurePosixPath
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from common.errors import UsageError, VerificationFailed
+from common.evidence.bundle_receipts import RECEIPTS, check_receipts
 from common.evidence.canonical import parse_json, sha256_hex
-from common.evidence.chain import read_chain
-from common.evidence.predicate import DECISION_RECORD, Outcome, Predicate, Statement, read_statement, utc_text
-from common.evidence.signing import Envelope, fingerprint, parse_envelope, read_public_pem, signed_by
+from common.evidence.chain import Record, read_chain
+from common.evidence.countersignature import COUNTERSIGNATURES, Countersignature, check_countersignatures
+from common.evidence.predicate import (
+    BYPASS_RECORD,
+    DECISION_RECORD,
+    Outcome,
+    Predicate,
+    Statement,
+    read_statement,
+    utc_text,
+)
+from common.evidence.revocation import REVOCATIONS, RevocationList, check_revocations
+from common.evidence.signing import Envelope, Purpose, fingerprint, parse_envelope, read_public_pem, signed_by
 
 ATTESTATION = "attestation.dsse.json"
 PUBLIC_KEY = "auditor.pub.pem"
@@ -44,10 +60,15 @@ EVIDENCE = "evidence.jsonl"
 CARD = "card.json"
 CARD_TEXT = "card.md"
 REPORT = "report.html"
+REPORT_DATA = "report.json"  # what the report was drawn from; not every bundle has it
 GENERATOR = "generator.safetensors"
 GENERATOR_SPEC = "generator.json"
 
-_READ_WHOLE = {ATTESTATION, PUBLIC_KEY, MANIFEST, DECISION, EVIDENCE, CARD, CARD_TEXT, REPORT}
+_READ_WHOLE = {
+    *(ATTESTATION, PUBLIC_KEY, MANIFEST, DECISION, EVIDENCE),
+    *(CARD, CARD_TEXT, REPORT, REPORT_DATA, REVOCATIONS),
+}
+_READ_FOLDERS = (f"{RECEIPTS}/", f"{COUNTERSIGNATURES}/")
 _MOST_BYTES = 256 * 2**20  # a parsed file above this is an attack on the reader, not a record of a campaign
 _MOST_NAMED = 20  # problems listed in one text
 
@@ -57,6 +78,7 @@ class Verified:
     """An authentic bundle. pinned: the signature was checked against a key the caller trusts.
 
     digest: SHA-256 of the attestation, the name of this very bundle. findings: what was checked, in words.
+    countersigned: who else signed it, each under a key of its own. revocations: the newest list it was held against.
     """
 
     predicate: Predicate
@@ -65,6 +87,8 @@ class Verified:
     digest: str
     files: int
     findings: tuple[str, ...]
+    countersigned: tuple[Countersignature, ...]
+    revocations: RevocationList | None
 
     @property
     def outcome(self) -> Outcome:
@@ -77,41 +101,71 @@ class _Contents:
     """Digests of all files by relative path, and the bytes of those that are read; one read serves both."""
 
     digests: Mapping[str, str]
-    bytes: Mapping[str, bytes]
+    data: Mapping[str, bytes]
+
+    def below(self, folder: str) -> dict[str, bytes]:
+        """Bytes of all files under a folder, by name."""
+        return {name: data for name, data in self.data.items() if name.startswith(f"{folder}/")}
 
 
-def verify_bundle(folder: Path, *, trusted_key: bytes | None, now: datetime) -> Verified:
+def verify_bundle(
+    folder: Path,
+    *,
+    trusted_key: bytes | None,
+    now: datetime,
+    revocations: tuple[str, bytes] | None = None,
+    reviewers: Mapping[str, bytes] | None = None,
+) -> Verified:
     """Check a release or a signed refusal.
 
     trusted_key: PEM of the auditor's public key, obtained elsewhere; None checks integrity only. now: aware.
-    Raises VerificationFailed naming every file that does not hold, UsageError when `folder` is not a folder.
+    revocations: name and bytes of the auditor's list; the one in the bundle, if any, is read in any case.
+    reviewers: PEM by name of keys that must have countersigned. Raises VerificationFailed naming every file that does
+    not hold, UsageError when `folder` is not a folder.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; nothing was verified")
     contents = _read(folder)  # (1)
-    envelope = parse_envelope(contents.bytes[ATTESTATION], ATTESTATION)  # (2)
-    key = _signer(contents.bytes[PUBLIC_KEY], envelope, trusted_key)  # (3)
+    envelope = parse_envelope(contents.data[ATTESTATION], ATTESTATION, Purpose.RELEASE)  # (2)
+    key = _signer(contents.data[PUBLIC_KEY], envelope, trusted_key)  # (3)
     statement = read_statement(envelope.payload, ATTESTATION)  # (4)
     predicate = statement.predicate
     if predicate.decision.id != predicate.decision_id:
         raise VerificationFailed(f"{ATTESTATION}: its decision does not have the id it names")
     _check_subjects(statement, contents)  # (5)
-    _check_manifest(contents)  # (6)
+    _check_manifest(predicate, contents)  # (6)
     records = _check_evidence(predicate, contents)  # (7)
     _check_decision(predicate, contents)  # (8)
     _check_card_and_report(predicate, contents)  # (9)
     _check_substance(predicate, contents)  # (10)
-    _check_dates(predicate, now)  # (11)
+    receipts = check_receipts(predicate, records, contents.below(RECEIPTS), evidence=EVIDENCE)  # (11)
+    _check_dates(predicate, now)  # (12)
+    this = contents.digests[ATTESTATION]
+    countersigned = check_countersignatures(  # (13)
+        contents.below(COUNTERSIGNATURES), release_digest=this, predicate=predicate
+    )
+    _check_reviewers(countersigned, reviewers or {})
+    newest = check_revocations(  # (14)
+        revocations[1] if revocations else None,
+        contents.data.get(REVOCATIONS),
+        name=revocations[0] if revocations else REVOCATIONS,
+        key=key,
+        release_digest=this,
+        decision_id=predicate.decision_id,
+    )
     return Verified(
         predicate=predicate,
         key_fingerprint=fingerprint(key),
         pinned=trusted_key is not None,
-        digest=contents.digests[ATTESTATION],
+        digest=this,
         files=len(contents.digests),
+        countersigned=countersigned,
+        revocations=newest,
         findings=(
             f"{len(contents.digests)} files, each with the signed SHA-256",
             f"signature by {'the trusted key' if trusted_key else 'the key in the bundle'}",
-            f"evidence chain of {records} records up to the signed head",
+            f"evidence chain of {len(records)} records up to the signed head",
+            f"receipts of {receipts} sites, each signed with the key it enrolled with",
             "decision, card and report agree with what was signed",
         ),
     )
@@ -128,14 +182,15 @@ def _read(folder: Path) -> _Contents:
             relative = path.relative_to(folder).as_posix()
             mode = path.lstat().st_mode
             if stat.S_ISREG(mode):
-                digests[relative], data = _hash(path, relative, keep=relative in _READ_WHOLE)
+                keep = relative in _READ_WHOLE or relative.startswith(_READ_FOLDERS)
+                digests[relative], data = _hash(path, relative, keep=keep)
                 if data is not None:
                     kept[relative] = data
             elif not stat.S_ISDIR(mode):
                 odd.append(f"{_shown(relative)}: is a {'link' if stat.S_ISLNK(mode) else 'special file'}")
     odd += [f"{name}: is missing" for name in (ATTESTATION, PUBLIC_KEY) if name not in digests]
     _fail_on(odd)
-    return _Contents(digests=digests, bytes=kept)
+    return _Contents(digests=digests, data=kept)
 
 
 def _hash(path: Path, name: str, *, keep: bool) -> tuple[str, bytes | None]:
@@ -174,6 +229,11 @@ def _signer(pem: bytes, envelope: Envelope, trusted_key: bytes | None) -> Ed2551
     return key
 
 
+def _came_later(name: str) -> bool:
+    """Whether a file may lie in a bundle without being under the auditor's signature; it has one of its own."""
+    return name == REVOCATIONS or name.startswith(f"{COUNTERSIGNATURES}/")
+
+
 def _check_subjects(statement: Statement, contents: _Contents) -> None:
     names = [subject.name for subject in statement.subject]
     if names != sorted(set(names)):
@@ -182,7 +242,7 @@ def _check_subjects(statement: Statement, contents: _Contents) -> None:
     if unsafe:
         raise VerificationFailed(f"{ATTESTATION}: a subject lies outside of the bundle: {_shown(unsafe[0])}")
     signed = {subject.name: subject.digest["sha256"] for subject in statement.subject}
-    found = {name: digest for name, digest in contents.digests.items() if name != ATTESTATION}
+    found = {n: digest for n, digest in contents.digests.items() if n != ATTESTATION and not _came_later(n)}
     problems = [f"{_shown(name)}: is missing" for name in sorted(signed.keys() - found.keys())]
     problems += [f"{_shown(name)}: is not part of what was signed" for name in sorted(found.keys() - signed.keys())]
     problems += [
@@ -193,20 +253,35 @@ def _check_subjects(statement: Statement, contents: _Contents) -> None:
     _fail_on(problems)
 
 
-def _check_manifest(contents: _Contents) -> None:
-    listed = _object(contents, MANIFEST).get("sha256")
-    expected = {name: digest for name, digest in contents.digests.items() if name not in {ATTESTATION, MANIFEST}}
-    if listed != expected:
+def _check_manifest(predicate: Predicate, contents: _Contents) -> None:
+    manifest = _object(contents, MANIFEST)
+    expected = {
+        name: digest
+        for name, digest in contents.digests.items()
+        if name not in {ATTESTATION, MANIFEST} and not _came_later(name)
+    }
+    if manifest.get("sha256") != expected:
         raise VerificationFailed(f"{MANIFEST}: does not list the digests of the files in the bundle")
+    if manifest.get("unsafe") != (predicate.bypass.reason if predicate.bypass else None):
+        raise VerificationFailed(f"{MANIFEST}: does not say what was signed about a bypass of the gate")
 
 
-def _check_evidence(predicate: Predicate, contents: _Contents) -> int:
+def _check_evidence(predicate: Predicate, contents: _Contents) -> tuple[Record, ...]:
     records = read_chain(_bytes(contents, EVIDENCE), EVIDENCE)
     if not records or records[-1].digest != predicate.evidence_head:
         raise VerificationFailed(f"{EVIDENCE}: does not end at the signed head; records were added or cut off")
-    if records[-1].kind != DECISION_RECORD or records[-1].body.get("decision_id") != predicate.decision_id:
-        raise VerificationFailed(f"{EVIDENCE}: its last record is not the signed decision")
-    return len(records)
+    last = records[-1]
+    if predicate.bypass is not None:
+        if (last.kind, last.body.get("reason")) != (BYPASS_RECORD, predicate.bypass.reason):
+            raise VerificationFailed(f"{EVIDENCE}: its last record is not the signed bypass")
+    elif last.kind != DECISION_RECORD:
+        raise VerificationFailed(f"{EVIDENCE}: its last record is not a decision")
+    decisions = [record for record in records if record.kind == DECISION_RECORD]
+    if not decisions or {last.body.get("decision_id"), decisions[-1].body.get("decision_id")} != {
+        predicate.decision_id
+    }:
+        raise VerificationFailed(f"{EVIDENCE}: its last decision is not the signed one")
+    return records
 
 
 def _check_decision(predicate: Predicate, contents: _Contents) -> None:
@@ -218,10 +293,12 @@ def _check_card_and_report(predicate: Predicate, contents: _Contents) -> None:
     card, signed = _object(contents, CARD), predicate.json_value()["decision"]
     if card.get("decision_id") != predicate.decision_id:
         raise VerificationFailed(f"{CARD}: is the card of another decision")
+    if card.get("bypass", ...) != predicate.json_value()["bypass"]:
+        raise VerificationFailed(f"{CARD}: does not say what was signed about a bypass of the gate")
     for name in ("outcome", "simulated", "sites", "coarser", "audit"):
         if card.get(name) != signed[name]:
             raise VerificationFailed(f"{CARD}: its {name!r} differs from what was signed in {ATTESTATION}")
-    for name in (CARD_TEXT, REPORT):
+    for name in (CARD_TEXT, REPORT, *({REPORT_DATA} & contents.data.keys())):
         if predicate.decision_id.encode() not in _bytes(contents, name):
             raise VerificationFailed(f"{name}: does not carry the id of the signed decision")
 
@@ -229,13 +306,23 @@ def _check_card_and_report(predicate: Predicate, contents: _Contents) -> None:
 def _check_substance(predicate: Predicate, contents: _Contents) -> None:
     weights = {GENERATOR, GENERATOR_SPEC}
     volumes = {name for name in contents.digests if name.endswith((".nii", ".nii.gz"))}
+    if predicate.decision.outcome is Outcome.RELEASE and predicate.bypass is not None:
+        raise VerificationFailed(f"{ATTESTATION}: bypasses a gate that released")
     if predicate.decision.outcome is Outcome.RELEASE:
         _fail_on([f"{name}: is missing from a release" for name in sorted(weights - contents.digests.keys())])
         if not volumes:
             raise VerificationFailed(f"{ATTESTATION}: is a release without a single volume")
     else:
-        leaked = volumes | {name for name in contents.digests if name.endswith(".safetensors")}
+        leaked = {name for name in contents.digests if name.endswith(".safetensors")}
+        leaked |= volumes if predicate.bypass is None else set()
         _fail_on([f"{_shown(name)}: does not belong in a refusal" for name in sorted(leaked)])
+
+
+def _check_reviewers(countersigned: tuple[Countersignature, ...], reviewers: Mapping[str, bytes]) -> None:
+    """Every key that the caller asks for has countersigned."""
+    signed = {countersignature.fingerprint for countersignature in countersigned}
+    missing = {name for name, pem in reviewers.items() if fingerprint(read_public_pem(pem, name)) not in signed}
+    _fail_on([f"{COUNTERSIGNATURES}: there is none by the key in {name}" for name in sorted(missing)])
 
 
 def _check_dates(predicate: Predicate, now: datetime) -> None:
@@ -254,9 +341,9 @@ def _check_dates(predicate: Predicate, now: datetime) -> None:
 
 
 def _bytes(contents: _Contents, name: str) -> bytes:
-    if name not in contents.bytes:
+    if name not in contents.data:
         raise VerificationFailed(f"{name}: is missing")
-    return contents.bytes[name]
+    return contents.data[name]
 
 
 def _object(contents: _Contents, name: str) -> dict[str, object]:

@@ -124,5 +124,8 @@ def _description(study: Study, verified: Verified) -> DatasetDescription:
         generator="Consilium",
         generator_version=version("consilium"),
         licence=study.release.licence,
-        extra={"HowToAcknowledge": f"Drawn from release {verified.digest}, decision {verified.predicate.decision_id}."},
+        extra={
+            "Authors": list(facts.sites),
+            "HowToAcknowledge": f"Drawn from release {verified.digest}, decision {verified.predicate.decision_id}.",
+        },
     )

@@ -14,43 +14,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 
 from common.measure.intervals import Bound, Interval, Side
+from common.measure.monotone import rising, roc_points, true_positive_rate_at
+from common.measure.noised_counts import CountNoise, Share
 
 Counts = NDArray[np.float64]
 
 _FAR = 3.0  # times the false-positive rate: where the tail begins in which copies are looked for
+_MOST_EDGES = 16  # at which copies are looked for; every further one costs power at all others
 _THRESHOLD_CONFIDENCE = 0.8  # that the edge of a TPR bound lies on its own side of the rate; coverage is tested
 
 
 def quantile(confidence: float) -> float:
     """Standard normal quantile of a one-sided level."""
     return NormalDist().inv_cdf(confidence)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CountNoise:
-    """Second and fourth cumulant of the noise on one count; odd ones are zero."""
-
-    variance: float
-    fourth: float
-
-
-def discrete_laplace_noise(epsilon: float, answers: int = 1) -> CountNoise:
-    """Noise of a count that is a sum of `answers` counts with P(k) proportional to exp(-epsilon |k|) each.
-
-    A difference of two geometric variables with ratio q = exp(-epsilon)  [Ghosh et al. 2012]: cumulants
-    2q / (1 - q)^2 and 2q (1 + 4q + q^2) / (1 - q)^4.
-    """
-    q = math.exp(-epsilon)
-    return CountNoise(
-        variance=answers * 2 * q / (1 - q) ** 2, fourth=answers * 2 * q * (1 + 4 * q + q**2) / (1 - q) ** 4
-    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,17 +132,10 @@ def _auc(stratum: Stratum) -> Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Exceedance:
-    """Shares above one edge, joined over sites: `members` = TPR, `nonmembers` = FPR.
+    """Shares above one edge, joined over sites: `members` = TPR, `nonmembers` = FPR."""
 
-    *_draws: effective number of patients for the binomial variance; *_noise: privacy noise of the share.
-    """
-
-    members: float
-    nonmembers: float
-    member_draws: float
-    nonmember_draws: float
-    member_noise: CountNoise
-    nonmember_noise: CountNoise
+    members: Share
+    nonmembers: Share
 
 
 def exceedance(strata: Sequence[Stratum], edge: int) -> Exceedance:
@@ -168,23 +145,14 @@ def exceedance(strata: Sequence[Stratum], edge: int) -> Exceedance:
     handful of non-members in one site's tail plus its noise; a common one rests on all of them and is just as fair.
     """
     weights = site_weights(strata)
-    groups = (
-        [(w, s.members, s.member_noise) for w, s in zip(weights, strata, strict=True)],
-        [(w, s.nonmembers, s.nonmember_noise) for w, s in zip(weights, strata, strict=True)],
-    )
-    (tpr, member_draws, member_noise), (fpr, nonmember_draws, nonmember_noise) = (_share(g, edge) for g in groups)
     return Exceedance(
-        members=tpr,
-        nonmembers=fpr,
-        member_draws=member_draws,
-        nonmember_draws=nonmember_draws,
-        member_noise=member_noise,
-        nonmember_noise=nonmember_noise,
+        members=_share([(w, s.members, s.member_noise) for w, s in zip(weights, strata, strict=True)], edge),
+        nonmembers=_share([(w, s.nonmembers, s.nonmember_noise) for w, s in zip(weights, strata, strict=True)], edge),
     )
 
 
-def _share(group: Sequence[tuple[float, Counts, CountNoise]], edge: int) -> tuple[float, float, CountNoise]:
-    """Weighted share above the edge, effective number of draws, noise of the share; (weight, counts, noise) a site.
+def _share(group: Sequence[tuple[float, Counts, CountNoise]], edge: int) -> Share:
+    """Weighted share above the edge from (weight, counts, noise) of each site.
 
     d(tail / total): a bin of the tail moves the share t of a site by (1 - t) / total, any other by -t / total.
     """
@@ -196,86 +164,117 @@ def _share(group: Sequence[tuple[float, Counts, CountNoise]], edge: int) -> tupl
         inverse_draws += weight**2 / total
         variance += noise.variance * (weight / total) ** 2 * (tail * (1 - t) ** 2 + (bins - tail) * t**2)
         fourth += noise.fourth * (weight / total) ** 4 * (tail * (1 - t) ** 4 + (bins - tail) * t**4)
-    return share, 1 / inverse_draws, CountNoise(variance=variance, fourth=fourth)
+    return Share(
+        value=float(share),
+        draws=float(1 / inverse_draws),
+        noise=CountNoise(variance=float(variance), fourth=float(fourth)),
+    )
 
 
-def threshold_edge(strata: Sequence[Stratum], false_positive_rate: float, confidence: float = 0.5) -> int:
+def fitted_roc(strata: Sequence[Stratum]) -> NDArray[np.float64]:
+    """(B + 1, 2) false- and true-positive rate at every edge, highest edge first, from (0, 0) to (1, 1).
+
+    Sites are joined before the fit: one site's few counts would be mostly noise, and a fit can only push that up.
+    """
+    weights = site_weights(strata)
+    members = sum(w * s.members / s.member_total for w, s in zip(weights, strata, strict=True))
+    nonmembers = sum(w * s.nonmembers / s.nonmember_total for w, s in zip(weights, strata, strict=True))
+    return roc_points(rising(np.asarray(members)), rising(np.asarray(nonmembers)))
+
+
+def every_edge(strata: Sequence[Stratum]) -> list[Exceedance]:
+    """Shares above each edge, lowest edge first."""
+    return [exceedance(strata, edge) for edge in range(len(strata[0].members) - 1)]
+
+
+def _edge_before(every: Sequence[Exceedance], rate: float, confidence: float = 0.5) -> int:
     """Highest edge, coming from below, before the FPR first falls under the rate; with `confidence` it lies above it.
 
     Coming from above, noise summed over empty bins would cross the rate far out in the tail. At confidence 0.5 the
     noised FPR is taken as it is.
     """
-    edges = len(strata[0].members) - 1
-    for edge in range(edges):
-        at = exceedance(strata, edge)
-        if at.nonmembers - quantile(confidence) * _nonmember_deviation(at) < false_positive_rate:
+    for edge, at in enumerate(every):
+        if at.nonmembers.value - quantile(confidence) * math.sqrt(at.nonmembers.variance) < rate:
             return max(edge - 1, 0)
-    return edges - 1
+    return len(every) - 1
 
 
-def _edge_beyond(strata: Sequence[Stratum], false_positive_rate: float, confidence: float) -> Exceedance | None:
+def _edge_beyond(every: Sequence[Exceedance], rate: float, confidence: float) -> Exceedance | None:
     """Lowest edge whose FPR lies below the rate with `confidence`; None when there is none."""
-    for edge in range(len(strata[0].members) - 1):
-        at = exceedance(strata, edge)
-        if at.nonmembers + quantile(confidence) * _nonmember_deviation(at) <= false_positive_rate:
+    for at in every:
+        if at.nonmembers.value + quantile(confidence) * math.sqrt(at.nonmembers.variance) <= rate:
             return at
     return None
 
 
-def _nonmember_deviation(at: Exceedance) -> float:
-    rate = min(max(at.nonmembers, 0.5 / at.nonmember_draws), 0.5)
-    return math.sqrt(rate * (1 - rate) / at.nonmember_draws + at.nonmember_noise.variance)
+def rate_difference(at: Exceedance, confidence: float) -> Interval:
+    """TPR - FPR with one-sided limits at `confidence` each, from the limits of the two rates  [Zou and Donner 2008].
 
+    low = d - sqrt((TPR - its lower limit)^2 + (FPR's upper limit - FPR)^2), and likewise upwards. The rates' limits are
+    Clopper and Pearson's under the known noise (`Share`), so that no exceedance at all does not mean no uncertainty and
+    heavy-tailed noise counts as what it is. A limit of the FPR stops at zero although noise did not: there its
+    deviation alone is the least distance.
 
-def copied_share(at: Exceedance, confidence: float) -> Interval:
-    """Share f of members that stand out: 1 - (1 - TPR) / (1 - FPR), with one-sided limits at `confidence` each.
+    Measured against normal limits with the variance at the limit [Wilson 1927] and z corrected by the noise's kurtosis
+    [Cornish and Fisher 1938], which this replaced, and against the two rates' limits at half the error each; coverage
+    of lower / upper limit of the copied share at 95 %, its mean place:
 
-    If a share f of members always exceeds the edge and the rest scores like non-members, this is f. The limits
-    solve (estimate - f)^2 = z^2 Var(f), with the binomial variance taken at the limit itself [Wilson 1927], so
-    that no exceedance at all does not mean no uncertainty. Few bins of Laplace noise have heavier tails than a
-    normal: z is corrected by their excess kurtosis [Cornish and Fisher 1938].
+    patients, noise, FPR, share        normal               half each            this
+    3 x (520, 280), none, 1 %, 0       .90 / .98 -.006 .008 1.0 / 1.0 -.014 .012 .97 / .96 -.008 .007
+    3 x (520, 280), eps 1, 1 %, 0      .94 / .96 -.013 .014 1.0 / 1.0 -.024 .020 .97 / .96 -.015 .014
+    200 and 200, none, 1 %, 5 %        .94 / .97  .026 .087 1.0 / .99 -.006 .099 .97 / .97  .018 .087
+    unequal, eps .5, .2 %, 1 %         .96 / .97 -.022 .044 1.0 / 1.0 -.042 .038 .96 / .96 -.022 .044
+
+    At 99 % without noise, where a copy is looked for, the normal lower limit held in 96 %, this one in 99.9 %.
     """
+    d = at.members.value - at.nonmembers.value
+    low, high = d - _reach_down(at, confidence), d + _reach_up(at, confidence)
+    return Interval(low=low, estimate=d, high=high, confidence=max(2 * confidence - 1, 1e-9))
+
+
+def _reach_down(at: Exceedance, confidence: float) -> float:
+    """From TPR - FPR to its lower limit."""
+    tpr, fpr = at.members, at.nonmembers
+    lowest, highest = tpr.lower(confidence), fpr.upper(confidence)
+    return math.hypot(max(min(tpr.value, 1.0) - lowest, 0.0), highest - min(max(fpr.value, 0.0), highest))
+
+
+def _reach_up(at: Exceedance, confidence: float) -> float:
+    """From TPR - FPR to its upper limit."""
+    tpr, fpr = at.members, at.nonmembers
+    highest, lowest = tpr.upper(confidence), fpr.lower(confidence)
+    noise = quantile(confidence) * math.sqrt(fpr.noise.variance)
+    return math.hypot(highest - min(max(tpr.value, 0.0), highest), max(min(fpr.value, 1.0) - lowest, noise, 0.0))
+
+
+def copied_at_least(at: Exceedance, confidence: float) -> float:
+    """Lower limit of the share f = (TPR - FPR) / (1 - FPR) of members that stand out.
+
+    If a share f of members always exceeds the edge and the rest scores like non-members, this is f.
+    """
+    return (at.members.value - at.nonmembers.value - _reach_down(at, confidence)) / _room(at)
+
+
+def copied_at_most(at: Exceedance, confidence: float) -> float:
+    """Upper limit of the same share."""
+    return (at.members.value - at.nonmembers.value + _reach_up(at, confidence)) / _room(at)
+
+
+def _room(at: Exceedance) -> float:
     # Thresholds that are read have few non-members above them; the floor keeps all others finite.
-    estimate = 1 - (1 - at.members) / max(1 - at.nonmembers, 0.05)
-    base = min(max(at.nonmembers, 0.5 / at.nonmember_draws), 0.5)  # a plausible rate for the variance only
-    noise = at.nonmember_noise.variance + at.member_noise.variance
-    fixed = (base * (1 - base) / at.nonmember_draws + noise) / (1 - base) ** 2
-    # Var(f) = fixed + p (1 - p) / draws / (1 - base)^2 at p = base + f (1 - base), a quadratic in f.
-    c0 = base * (1 - base) / (at.member_draws * (1 - base) ** 2) + fixed
-    c1 = (1 - 2 * base) / (at.member_draws * (1 - base))
-    c2 = -1 / at.member_draws
-    excess = (at.nonmember_noise.fourth + at.member_noise.fourth) / (c0 * (1 - base) ** 2) ** 2
-    z = quantile(confidence)
-    z += (z**3 - 3 * z) * excess / 24
-    a, b, c = 1 - z**2 * c2, -2 * estimate - z**2 * c1, estimate**2 - z**2 * c0
-    root = math.sqrt(max(b**2 - 4 * a * c, 0.0))
-    low, high = (-b - root) / (2 * a), (-b + root) / (2 * a)
-    return Interval(
-        low=min(low, estimate), estimate=estimate, high=max(high, estimate), confidence=max(2 * confidence - 1, 1e-9)
-    )
-
-
-def rate_interval(at: Exceedance, confidence: float) -> Interval:
-    """TPR at the measured FPR, two-sided: sampling and noise of both groups, for one point of a ROC."""
-    variance = at.member_noise.variance + at.nonmember_noise.variance
-    for rate, draws in ((at.members, at.member_draws), (at.nonmembers, at.nonmember_draws)):
-        plausible = min(max(rate, 0.5 / draws), 1 - 0.5 / draws)
-        variance += plausible * (1 - plausible) / draws
-    return Estimate(value=at.members, variance=variance).interval(confidence)
+    return max(1 - at.nonmembers.value, 0.05)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TruePositives:
     """TPR at a stated FPR: estimate with a two-sided interval, and one-sided bounds.
 
-    at: shares above the edge that the estimate was read at, noised FPR at or above the stated one.
-    beyond: shares above the next edge.
+    beyond: shares above the first edge whose noised FPR is below the stated one, coming from below.
     """
 
     interval: Interval
     lower: Bound
     upper: Bound
-    at: Exceedance
     beyond: Exceedance
 
 
@@ -283,33 +282,35 @@ def true_positives(strata: Sequence[Stratum], false_positive_rate: float, confid
     """TPR at `false_positive_rate` from binned scores, cautious on both sides.
 
     A ROC is concave (an attacker can randomise between thresholds). A line from (1, 1) through the point of an edge
-    with FPR >= a therefore lies above the ROC at a: TPR(a) <= a + f (1 - a) with f of `copied_share`. The same line
-    through a point with FPR < a lies below it. The estimate takes the threshold as noised, the bounds take edges that
-    lie on their side of the rate with confidence. Without a leak f is zero at every edge, so that an uncertain
-    threshold does not blur a clean result.
+    with FPR >= a therefore lies above the ROC at a: TPR(a) <= a + f (1 - a) with f of `copied_at_most`. The same line
+    through a point with FPR < a lies below it. The bounds take edges that lie on their side of the rate with
+    confidence; the estimate is that of the curve that is shown. Without a leak f is zero at every edge, so that an
+    uncertain threshold does not blur a clean result.
     """
-    edge = threshold_edge(strata, false_positive_rate)
-    at = exceedance(strata, edge)
-    two_sided = (1 + confidence) / 2
-    estimate = _at_rate(copied_share(at, confidence).estimate, false_positive_rate)
-    low, high = (bound(strata, false_positive_rate, two_sided) for bound in (_lower, _upper))
+    every, two_sided = every_edge(strata), (1 + confidence) / 2
+    estimate = true_positive_rate_at(fitted_roc(strata), false_positive_rate)
+    low, high = (bound(every, false_positive_rate, two_sided) for bound in (_lower, _upper))
     return TruePositives(
         interval=Interval(low=min(low, estimate), estimate=estimate, high=max(high, estimate), confidence=confidence),
-        lower=Bound(value=_lower(strata, false_positive_rate, confidence), side=Side.LOWER, confidence=confidence),
-        upper=Bound(value=_upper(strata, false_positive_rate, confidence), side=Side.UPPER, confidence=confidence),
-        at=at,
-        beyond=exceedance(strata, min(edge + 1, len(strata[0].members) - 2)),
+        lower=Bound(value=_lower(every, false_positive_rate, confidence), side=Side.LOWER, confidence=confidence),
+        upper=Bound(value=_upper(every, false_positive_rate, confidence), side=Side.UPPER, confidence=confidence),
+        beyond=every[min(_edge_before(every, false_positive_rate) + 1, len(every) - 1)],
     )
 
 
-def _upper(strata: Sequence[Stratum], rate: float, confidence: float) -> float:
-    edges = {threshold_edge(strata, rate), threshold_edge(strata, rate, _THRESHOLD_CONFIDENCE)}
-    return max(_at_rate(copied_share(exceedance(strata, e), confidence).high, rate) for e in edges)
+def _upper(every: Sequence[Exceedance], rate: float, confidence: float) -> float:
+    return max(_at_rate(_copies_upper(every, rate, confidence), rate), 0.0)
 
 
-def _lower(strata: Sequence[Stratum], rate: float, confidence: float) -> float:
-    beyond = _edge_beyond(strata, rate, _THRESHOLD_CONFIDENCE)
-    return 0.0 if beyond is None else _at_rate(copied_share(beyond, confidence).low, rate)
+def _copies_upper(every: Sequence[Exceedance], rate: float, confidence: float) -> float:
+    """Also from an edge whose FPR lies above the rate for sure: the noised one may only seem to."""
+    edges = {_edge_before(every, rate), _edge_before(every, rate, _THRESHOLD_CONFIDENCE)}
+    return max(copied_at_most(every[edge], confidence) for edge in edges)
+
+
+def _lower(every: Sequence[Exceedance], rate: float, confidence: float) -> float:
+    beyond = _edge_beyond(every, rate, _THRESHOLD_CONFIDENCE)
+    return 0.0 if beyond is None else _at_rate(copied_at_least(beyond, confidence), rate)
 
 
 def _at_rate(share: float, rate: float) -> float:
@@ -324,13 +325,14 @@ def copies_lower_bound(strata: Sequence[Stratum], false_positive_rate: float, co
     """
     tried = far_edges(strata, false_positive_rate)
     each = shared_level(confidence, len(tried))
-    value = max(copied_share(at, each).low for at in tried)
+    value = max(copied_at_least(at, each) for at in tried)
     return Bound(value=value, side=Side.LOWER, confidence=confidence)
 
 
-def copies_upper_bound(tpr: TruePositives, confidence: float) -> Bound:
-    """Upper bound on the share of members that stand out, at the edge where the TPR is read: it lies at or below it."""
-    return Bound(value=copied_share(tpr.at, confidence).high, side=Side.UPPER, confidence=confidence)
+def copies_upper_bound(strata: Sequence[Stratum], false_positive_rate: float, confidence: float) -> Bound:
+    """Upper bound on the share of members that stand out, where the upper bound of the TPR is read; zero at least."""
+    value = max(_copies_upper(every_edge(strata), false_positive_rate, confidence), 0.0)
+    return Bound(value=value, side=Side.UPPER, confidence=confidence)
 
 
 def far_edges(strata: Sequence[Stratum], false_positive_rate: float) -> list[Exceedance]:
@@ -338,9 +340,31 @@ def far_edges(strata: Sequence[Stratum], false_positive_rate: float) -> list[Exc
 
     Three times: an edge chosen by FPR <= rate would be one where the non-members' noise happens to be low, which makes
     members stand out. Not more: a broad shift of all members is the AUC's business and has its own threshold.
+
+    A fine grid has a hundred such edges that say much the same, and a level divided by a hundred finds little. Of more
+    than 16 only the first below each quarter of the FPR before it is taken, down to the first with no non-member above
+    it: thresholds named by rank, for which Clopper and Pearson's limit of the FPR holds as for fixed ones
+    [Wilks 1941]. Measured, 200 bins, exact, 200 and 200 patients, 5 % copies, level 99 %: 3 edges find them in 86 % of
+    audits, halves instead of quarters in 78 %, the last alone, had one known, in 95 %.
     """
-    every = [exceedance(strata, edge) for edge in range(len(strata[0].members) - 1)]
-    return [at for at in every[:-1] if at.nonmembers <= _FAR * false_positive_rate] + every[-1:]
+    every = every_edge(strata)
+    far = [at for at in every[:-1] if at.nonmembers.value <= _FAR * false_positive_rate] + every[-1:]
+    if len(far) <= _MOST_EDGES:
+        return far
+    levels = _levels(false_positive_rate, far[0].nonmembers.draws)
+    first = {next((i for i, at in enumerate(far) if at.nonmembers.value <= level), len(far) - 1) for level in levels}
+    return [far[i] for i in sorted(first)]
+
+
+def edges_tried(edges: int, false_positive_rate: float, nonmembers: float) -> int:
+    """The most that `far_edges` returns for so many edges in the far tail and so many non-members."""
+    return edges if edges <= _MOST_EDGES else len(_levels(false_positive_rate, nonmembers))
+
+
+def _levels(rate: float, nonmembers: float) -> list[float]:
+    """Three times the rate, its quarters down to one non-member, and none."""
+    quarters = math.ceil(math.log(max(_FAR * rate * nonmembers, 4.0), 4))
+    return [*(_FAR * rate / 4**k for k in range(quarters)), 0.0]
 
 
 def shared_level(confidence: float, tried: int) -> float:
@@ -349,18 +373,39 @@ def shared_level(confidence: float, tried: int) -> float:
 
 
 def smallest_detectable_copies(at: Exceedance, confidence: float, probability: float) -> float:
-    """Smallest copied share whose lower bound (at `confidence`) is above zero with `probability`.
+    """Smallest copied share whose lower bound (at `confidence`) is above zero with `probability`; 1 when none is.
 
-    Solves f = z sd(0) + z' sd(f) by fixed point; 1 when even that is not found.
+    At that share the bound of the count that is reached with `probability` is just zero. Only the FPR, the draws and
+    the noise of `at` are read.
     """
-    base = min(max(at.nonmembers, 0.5 / at.nonmember_draws), 0.5)
-    fixed = base * (1 - base) / at.nonmember_draws + at.nonmember_noise.variance + at.member_noise.variance
+    fpr = replace(at.nonmembers, value=min(at.nonmembers.plausible, 0.5))
 
-    def deviation(f: float) -> float:
-        rate = base + f * (1 - base)
-        return math.sqrt(fixed + rate * (1 - rate) / at.member_draws) / (1 - base)
+    def bound(copies: float) -> float:
+        tpr = replace(at.members, value=fpr.value + copies * (1 - fpr.value))
+        reached = tpr.value - quantile(probability) * math.sqrt(tpr.variance + fpr.variance)
+        return copied_at_least(Exceedance(members=replace(tpr, value=reached), nonmembers=fpr), confidence)
 
-    f = 0.0
-    for _ in range(60):
-        f = min(quantile(confidence) * deviation(0.0) + quantile(probability) * deviation(f), 1.0)
-    return f
+    return float(brentq(bound, 0.0, 1.0, xtol=1e-6)) if bound(1.0) > 0 else 1.0
+
+
+def set_membership_p_value(stratum: Stratum) -> float:
+    """One-sided p-value of "members score no higher than non-members", for a site's whole set.
+
+    Rank-sum statistic of the noised counts, U = sum_b m_b (n_a below - n_a above) / 2 with mean zero under equal
+    distributions whatever the noise: it is linear in either side's noise  [Hilprecht et al. 2019, the set; Mann and
+    Whitney 1947, the statistic]. Variance: M N (M + N + 1) / 12, ties only lower it, and the noise's, exactly
+    v_m |S n|^2 + v_n |S m|^2 + v_m v_n |S|^2 over 4 with S the signs; observed counts overstate the first two by the
+    third each.
+    """
+    m, n = stratum.members, stratum.nonmembers
+    M, N = stratum.member_total, stratum.nonmember_total
+    v_m, v_n = stratum.member_noise.variance, stratum.nonmember_noise.variance
+    below, above = _lower_minus_higher(n), _lower_minus_higher(m)
+    noise = (v_m * float(below @ below) + v_n * float(above @ above) - v_m * v_n * len(m) * (len(m) - 1)) / 4
+    variance = M * N * (M + N + 1) / 12 + max(noise, 0.0)
+    return NormalDist().cdf(-float(m @ below) / 2 / math.sqrt(variance))
+
+
+def _lower_minus_higher(counts: Counts) -> Counts:
+    """(B,) number of patients in lower bins less that in higher ones."""
+    return np.asarray(2 * np.cumsum(counts) - counts - counts.sum(), dtype=np.float64)

@@ -39,9 +39,12 @@ from safetensors.numpy import save as save_safetensors
 
 from common.errors import ProtocolError
 from common.generator.weights import Weights
+from common.measure.one_run import Guesses, GuessRule
 from common.privacy.mechanism import DpSgd, ExactAnswer, GaussianRelease, NoisedCounts, Plan
 from common.protocol.messages import (
     PROTOCOL_VERSION,
+    CanaryOrder,
+    CanaryReply,
     EnrolOrder,
     EnrolReply,
     LedgerHead,
@@ -66,6 +69,7 @@ ORDER_NAMES: Mapping[type, str] = {  # also Flower's message types
     EnrolOrder: "query.enrol",
     WarmUpOrder: "train.warm_up",
     TrainOrder: "train.gan",
+    CanaryOrder: "query.canaries",
     ScoreOrder: "query.score",
     UtilityOrder: "query.utility",
     StatementOrder: "query.statement",
@@ -74,6 +78,7 @@ REPLY_NAMES: Mapping[type, str] = {
     EnrolReply: "reply.enrol",
     WarmUpReply: "reply.warm_up",
     TrainReply: "reply.train",
+    CanaryReply: "reply.canaries",
     ScoreReply: "reply.score",
     UtilityReply: "reply.utility",
     StatementReply: "reply.statement",
@@ -86,6 +91,8 @@ _PART_NAMES: Mapping[type, str] = {
     NoisedCounts: "noised_counts",
     ExactAnswer: "exact_answer",
     NoisedHistogram: "noised_histogram",
+    GuessRule: "guess_rule",
+    Guesses: "guesses",
     LedgerHead: "ledger_head",
     WitnessedHead: "witnessed_head",
 }

@@ -2,14 +2,16 @@
 
 Beside the digest of the order's own study a reply may hold
 
-- to EnrolOrder: three SHA-256 digests (hold-out, policy, code) and whether the site is simulated;
+- to EnrolOrder: three SHA-256 digests (hold-out, policy, code), a public key, and whether the site is simulated;
 - to WarmUpOrder: one number a feature, as many as the study asks for, on the grid of the noise;
 - to TrainOrder: the order's round; generator arrays of exactly the agreed names and shapes, float32,
   finite, with their digest;
-- to ScoreOrder: the order's digests; one histogram for each endpoint and group of the order's plan,
-  with the plan's bins and epsilon;
+- to CanaryOrder: for each rule of the order, the number of guesses it prescribes and how many were right;
+- to ScoreOrder: the order's digests; one histogram for each answer and group of the order's plan,
+  with the plan's bins and epsilon; one bit where the plan asks for it;
 - to UtilityOrder: the order's source; one sum a label and one count, on the grid of `common.measure.dice_sums`;
-- to StatementOrder: mechanisms;
+- to StatementOrder: mechanisms, and a receipt in canonical form that repeats them under the site's signature, with
+  digests of replies that had left before, of the generators and audit plans these were about, and round numbers;
 - to every order but EnrolOrder: the ledger's head, a number of rows and a SHA-256;
 - to any order: a refusal code.
 
@@ -22,12 +24,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from types import NoneType
 
-from common.measure.audit_plan import AuditPlan, Group
+from common.errors import VerificationFailed
+from common.evidence.receipt import read_receipt
+from common.measure.audit_plan import AuditPlan
 from common.measure.dice_sums import UNITS
 from common.privacy.mechanism import DpSgd, ExactAnswer, GaussianRelease, Mechanism, NoisedCounts, Unit
+from common.privacy.mechanism_json import mechanism_json
 from common.protocol.messages import (
     RELEASE_GRID,
+    CanaryOrder,
+    CanaryReply,
     EnrolOrder,
     EnrolReply,
     LedgerHead,
@@ -47,6 +55,7 @@ from common.protocol.messages import (
     WarmUpOrder,
     WarmUpReply,
 )
+from common.settings.study import Question
 
 LARGEST_COUNT = 10**6  # far above any cohort and its noise: a larger number carries something else
 LARGEST_LABELS = 255
@@ -77,6 +86,8 @@ def objections(reply: Reply, *, order: Order, shapes: Shapes, labels: int | None
             found = _warm_up(reply, order)
         case TrainOrder(), TrainReply():
             found = _train(reply, order, shapes)
+        case CanaryOrder(), CanaryReply():
+            found = _canaries(reply, order)
         case ScoreOrder(), ScoreReply():
             found = _score(reply, order)
         case UtilityOrder(), UtilityReply():
@@ -96,6 +107,8 @@ def _enrol(reply: EnrolReply) -> Iterator[str]:
             yield f"{name} is not a SHA-256"
     if not isinstance(reply.simulated, bool):
         yield "simulated is not a truth value"
+    if not _DIGEST.fullmatch(reply.receipt_key):
+        yield "receipt_key is not an Ed25519 public key"
 
 
 def _warm_up(reply: WarmUpReply, order: WarmUpOrder) -> Iterator[str]:
@@ -115,6 +128,13 @@ def _train(reply: TrainReply, order: TrainOrder, shapes: Shapes) -> Iterator[str
         yield "weights are not what their digest says"
 
 
+def _canaries(reply: CanaryReply, order: CanaryOrder) -> Iterator[str]:
+    if [(g.rule, g.guesses) for g in reply.guesses] != [(rule, rule.guesses(order.canaries)) for rule in order.rules]:
+        yield "guesses are not one number for each rule of the order"
+    if not all(type(number) is int for g in reply.guesses for number in (g.guesses, g.correct)):
+        yield "a number of guesses is not a whole number"
+
+
 def _score(reply: ScoreReply, order: ScoreOrder) -> Iterator[str]:
     if (reply.weights_digest, reply.audit_plan_digest) != (order.weights_digest, order.audit_plan_digest):
         yield "weights or audit plan are not the order's"
@@ -123,15 +143,17 @@ def _score(reply: ScoreReply, order: ScoreOrder) -> Iterator[str]:
     except ValueError:
         yield "the order's audit plan cannot be read"
         return
-    bins = {endpoint.name.value: endpoint.bins for endpoint in plan.endpoints}
     answered = Counter((h.endpoint, h.group) for h in reply.histograms)
-    if answered != Counter((endpoint, group.value) for endpoint in bins for group in Group):
-        yield "histograms are not one for each endpoint and group of the plan"
+    if answered != Counter((name, group.value) for name, asked in plan.answers.items() for group in asked.groups):
+        yield "histograms are not one for each answer and group of the plan"
         return
+    if type(reply.critic_tells) is not (bool if Question.CRITIC in plan.questions else NoneType):
+        yield "the bit about the critic is not what the plan asks for"
     for histogram in reply.histograms:
-        if len(histogram.counts) != bins[histogram.endpoint] or not _are_counts(histogram.counts):
+        asked = plan.answers[histogram.endpoint]
+        if len(histogram.counts) != asked.bins or not _are_counts(histogram.counts):
             yield f"{histogram.endpoint}, {histogram.group}: not one count for each bin of the plan"
-        if histogram.epsilon != plan.epsilon_per_answer:
+        if histogram.epsilon != asked.epsilon:
             yield f"{histogram.endpoint}, {histogram.group}: epsilon is not the plan's"
 
 
@@ -163,6 +185,24 @@ def _statement(reply: StatementReply) -> Iterator[str]:
     for mechanism in (*reply.members, *reply.nonmembers):
         if not _is_public(mechanism):
             yield f"{type(mechanism).__name__} is not a mechanism that may be stated"
+            return
+    if reply.receipt is None:
+        yield "there is no receipt"
+        return
+    try:
+        receipt = read_receipt(reply.receipt.encode(), "the receipt")
+    except VerificationFailed as failure:
+        yield str(failure)
+        return
+    repeated = (receipt.study_digest, receipt.ledger_rows, receipt.ledger_head, receipt.members, receipt.nonmembers)
+    if repeated != (
+        reply.study_digest,
+        reply.ledger_head.rows,
+        reply.ledger_head.hash,
+        tuple(map(mechanism_json, reply.members)),
+        tuple(map(mechanism_json, reply.nonmembers)),
+    ):
+        yield "the receipt does not repeat the statement"
 
 
 def _is_public(mechanism: Mechanism) -> bool:

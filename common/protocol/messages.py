@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from common.generator.weights import Weights
+from common.measure.one_run import Guesses, GuessRule
 from common.privacy.mechanism import Mechanism, Plan
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 # Every released sum is a multiple: finer than the grid of any noise, too coarse to carry anything else.
 RELEASE_GRID = 2.0**-20
@@ -144,6 +145,19 @@ class UtilityOrder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CanaryOrder:
+    """Guess which canaries took part in training, from its noised sums alone, and say how many guesses were right.
+
+    canaries, rules: how many there are and by which rules they are guessed, as the study and the code both know.
+    """
+
+    study_digest: str
+    canaries: int
+    rules: tuple[GuessRule, ...]
+    witness: WitnessedHead | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class StatementOrder:
     """State what this study has spent at the site."""
 
@@ -151,7 +165,7 @@ class StatementOrder:
     witness: WitnessedHead | None = None
 
 
-Order = EnrolOrder | WarmUpOrder | TrainOrder | ScoreOrder | UtilityOrder | StatementOrder
+Order = EnrolOrder | WarmUpOrder | TrainOrder | CanaryOrder | ScoreOrder | UtilityOrder | StatementOrder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +174,7 @@ class EnrolReply:
 
     holdout_commitment: salted Merkle root over (patient, member or non-member), drawn before training.
     simulated: true when the site's randomness is seeded; every artefact must then say so.
+    receipt_key: Ed25519 public key, hex, that the site's receipts will be signed with.
     """
 
     study_digest: str
@@ -167,6 +182,7 @@ class EnrolReply:
     policy_digest: str
     code_digest: str
     simulated: bool
+    receipt_key: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +212,8 @@ class TrainReply:
 class NoisedHistogram:
     """Noised counts of one patient group on the audit plan's fixed grid.
 
-    endpoint: name of the score; group: `member_a`, `member_b`, `nonmember`, `planted` (see `audit_plan.Group`).
+    endpoint: name of the score or question; group: `member_a`, `member_b`, `nonmember`, `planted` (see
+    `audit_plan.Group`).
     counts: one integer a bin, noise included, may be negative. epsilon: what this answer cost.
     """
 
@@ -208,12 +225,17 @@ class NoisedHistogram:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreReply:
-    """Noised histograms; scores of single patients never leave."""
+    """Noised histograms; scores of single patients never leave.
+
+    critic_tells: whether the site's own critic gives its members away, by randomised response at the plan's
+    `epsilon_per_question`; None when the plan does not ask.
+    """
 
     study_digest: str
     weights_digest: str
     audit_plan_digest: str
     histograms: tuple[NoisedHistogram, ...]
+    critic_tells: bool | None
     ledger_head: LedgerHead
 
 
@@ -235,13 +257,30 @@ class UtilityReply:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CanaryReply:
+    """Right guesses about canaries, in total. Not which, nor what was heard of any of them.
+
+    It costs no budget: a canary is nobody, and the guesses are made from noised sums that training has paid for.
+    """
+
+    study_digest: str
+    guesses: tuple[Guesses, ...]
+    ledger_head: LedgerHead
+
+
+@dataclass(frozen=True, kw_only=True)
 class StatementReply:
-    """Mechanisms in the site's ledger for this study, by cohort, and the ledger's head."""
+    """Mechanisms in the site's ledger for this study, by cohort, and the ledger's head.
+
+    receipt: the same, with the digests of all that has left the site, signed by it (`common.evidence.receipt`); None
+    only from something that is not a site of this version, and the gate then cannot tell.
+    """
 
     study_digest: str
     members: tuple[Mechanism, ...]
     nonmembers: tuple[Mechanism, ...]
     ledger_head: LedgerHead
+    receipt: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,4 +290,4 @@ class RefusalReply:
     code: RefusalCode
 
 
-Reply = EnrolReply | WarmUpReply | TrainReply | ScoreReply | UtilityReply | StatementReply | RefusalReply
+Reply = EnrolReply | WarmUpReply | TrainReply | CanaryReply | ScoreReply | UtilityReply | StatementReply | RefusalReply

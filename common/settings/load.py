@@ -115,6 +115,7 @@ def study_problems(study: Study) -> list[str]:
         *_warm_up_problems(study),
         *_threshold_problems(study),
         *_game_problems(study),
+        *_canary_problems(study),
     ]
 
 
@@ -181,6 +182,19 @@ def _game_problems(study: Study) -> Iterator[str]:
         yield (
             "training.critic_steps_per_generator_step: `adaptive` asks whether the critic tells generated volumes, and "
             "the Wasserstein loss has no boundary between real and generated; take hinge or nonsaturating, or a number"
+        )
+
+
+def _canary_problems(study: Study) -> Iterator[str]:
+    if study.audit.canaries == 0 or any(_grid_problems(study)):
+        return
+    from common.adversary.critic import build_critic  # noqa: PLC0415  # torch takes a second; most settings need none
+
+    parameters = sum(p.numel() for p in build_critic(study).parameters())
+    if study.audit.canaries > parameters:
+        yield (
+            f"audit.canaries: {study.audit.canaries} canaries need as many directions, the critic has {parameters} "
+            "parameters; lower canaries, or raise training.critic_width"
         )
 
 

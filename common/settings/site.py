@@ -38,7 +38,9 @@ class SiteSettings(Settings):
     """One site's installation.
 
     data: folder of scans, or phantoms. part: (index, parts) takes only the patients of one share of the folder;
-    for simulation, where several sites read one folder. state: folder for cohort, ledger, critic and replies.
+    for simulation, where several sites read one folder. reference_set: folder of scans that are public, or whose
+    people consented to be compared with; an audit that needs one refuses without it.
+    state: folder for cohort, ledger, critic and replies.
     device, precision: of training. training_memory_mib: what a critic's step may hold beside the networks; a larger
     draw is worked on in parts, with the same result up to rounding, so that no draw can fail for its size.
     simulation_seed: makes the site's randomness repeatable; null on every real site.
@@ -47,6 +49,7 @@ class SiteSettings(Settings):
     site: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     data: Path | PhantomSource
     part: tuple[int, int] | None = None
+    reference_set: Path | None = None
     state: Path
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Annotated[Precision, Field(strict=False)] = Precision.FLOAT32
@@ -75,6 +78,7 @@ class OrderKind(StrEnum):
     ENROL = "enrol"
     WARM_UP = "warm-up"
     TRAIN = "train"
+    CANARIES = "canaries"
     SCORE = "score"
     UTILITY = "utility"
     STATEMENT = "statement"
@@ -119,7 +123,8 @@ def load_site(path: Path) -> SiteSettings:
     settings = load_settings(path, SiteSettings)
     folder = path.resolve().parent
     data = settings.data if isinstance(settings.data, PhantomSource) else folder / settings.data
-    return settings.model_copy(update={"data": data, "state": folder / settings.state})
+    reference = folder / settings.reference_set if settings.reference_set else None
+    return settings.model_copy(update={"data": data, "reference_set": reference, "state": folder / settings.state})
 
 
 def load_policy(path: Path) -> SitePolicy:

@@ -160,20 +160,61 @@ class FederationSettings(Settings):
     minimum_patients: Annotated[int, Field(ge=2)] = 20
 
 
+class AttackName(StrEnum):
+    """Membership attacks that a site can run on its own patients."""
+
+    NEAR_COPY = "near_copy"  # fine structure of a scan in a synthetic volume, over shifts and a mirror
+    NEAREST = "nearest"  # coarse distance to the nearest synthetic volume, image and labels
+    INVERSION = "inversion"  # search of the generator's latent space for the scan, with its weights
+    DENSITY_RATIO = "density_ratio"  # synthetic against consented density; needs a site's `reference_set`
+    SUBSTITUTE = "substitute"  # classifier synthetic against consented; needs a site's `reference_set`
+
+
+class Question(StrEnum):
+    """What a site is asked beside membership scores."""
+
+    LABEL_SIZE = "label_size"  # can an attribute be guessed better for members
+    BLIND = "blind"  # do members and held-out differ in what no generator can know; then their draw was not fair
+    CRITIC = "critic"  # does the site's own critic give its members away; one bit
+
+
 class AuditSettings(Settings):
-    """The audit's plan: fixed and hashed before any score exists.
+    """The audit's plan: fixed, hashed and signed before any score exists.
 
     holdout_fraction: chance that a patient is held out, drawn per patient before training.
+    attacks: what enters the fused score, the primary one; `near_copy` and `inversion` are also reported alone.
+    inversion_steps: of the search in the latent space, for each scan. volumes: synthetic, drawn by every site.
     epsilon_per_answer: pure epsilon of each noised histogram that leaves a site.
+    questions: asked beside the scores; `blind` costs epsilon_per_answer. epsilon_per_question: of each other one, whose
+    counts need less precision.
+    canaries: gradients of nobody in each site's training, to hear whether the promised noise is there; 0 for none. Three
+    sites of 400 could refute a claim of epsilon up to about 9, one alone up to about 8; they cost little time.
     false_positive_rate: where the true-positive rate is read; 0.01 unless a study states coarser.
     """
 
     holdout_fraction: Annotated[float, Field(ge=0.1, le=0.5)] = 0.35
-    volumes: Annotated[int, Field(ge=16)] = 1000
+    attacks: tuple[Annotated[AttackName, Field(strict=False)], ...] = Field(
+        default=(AttackName.NEAR_COPY, AttackName.NEAREST, AttackName.INVERSION), strict=False
+    )
+    inversion_steps: Annotated[int, Field(ge=0, le=1000)] = 10
+    volumes: Annotated[int, Field(ge=16)] = 10_000
     epsilon_per_answer: Positive = 1.0
+    questions: tuple[Annotated[Question, Field(strict=False)], ...] = Field(default=tuple(Question), strict=False)
+    epsilon_per_question: Positive = 0.5
+    canaries: Annotated[int, Field(ge=0, le=4096)] = 400
     false_positive_rate: Annotated[float, Field(gt=0, le=0.2)] = 0.01
     confidence: Annotated[float, Field(ge=0.8, lt=1)] = 0.95
     planted_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+
+    @model_validator(mode="after")
+    def _attacks_once(self) -> AuditSettings:
+        if AttackName.NEAR_COPY not in self.attacks:
+            raise ValueError("attacks: near_copy is always among them; it is what the near-copy limit rests on")
+        if len(set(self.attacks)) != len(self.attacks):
+            raise ValueError("attacks: each is named once")
+        if len(set(self.questions)) != len(self.questions):
+            raise ValueError("questions: each is named once")
+        return self
 
 
 class ReleaseSettings(Settings):
@@ -188,7 +229,10 @@ class ReleaseSettings(Settings):
     max_auc_site: Annotated[float, Field(gt=0.5, le=1)] = 0.70
     max_tpr: Annotated[float, Field(gt=0, le=1)] = 0.06
     max_detectable_copies: Annotated[float, Field(gt=0, le=1)] = 0.05
+    max_inference_lift: Annotated[float, Field(gt=0, le=1)] = 0.05
+    max_blind_auc: Annotated[float, Field(gt=0.5, le=1)] = 0.55
     valid_days: Annotated[int, Field(ge=1)] = 365
+    unsafe_bypass: bool = False
     licence: str = "CC-BY-4.0"
 
 

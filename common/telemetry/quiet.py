@@ -6,7 +6,7 @@ import logging
 from collections.abc import MutableMapping
 
 # Loggers of libraries that write to the terminal on their own; `py.warnings` has Python's warnings.
-TALKATIVE = ("flwr", "ray", "py.warnings", "opacus", "monai", "matplotlib", "torch")
+TALKATIVE = ("flwr", "ray", "py.warnings", "opacus", "monai", "matplotlib", "torch", "weasyprint", "fontTools")
 
 
 def silence(_record: logging.LogRecord) -> bool:

@@ -24,6 +24,15 @@ from common.volume.volume import Volume
 BIDS_VERSION = "1.11.0"
 _LABEL_FOLDER = Path("derivatives") / "labels"
 _SYNTHETIC = "desc-synthetic"
+# What BIDS asks of label maps and of tables, said once: every label map below inherits `dseg.json`.
+_LABEL_MAPS = {
+    "Description": "One label at each voxel of the image beside it; dseg.tsv names the values.",
+    "SpatialReference": "orig",
+}
+_PARTICIPANTS = {
+    "Description": "One row for each subject of this data set.",
+    "participant_id": {"Description": "The subject, as its folder is named."},
+}
 _ALPHANUMERIC = re.compile(r"[A-Za-z0-9]+")
 
 
@@ -71,6 +80,7 @@ def write_dataset(
     _write_json(root / "dataset_description.json", _description(description, description.kind, description.name))
     _write_text(root / "README", description.readme.rstrip("\n") + "\n")
     _write_text(root / "participants.tsv", _participants(participants))
+    _write_json(root / "participants.json", _PARTICIPANTS)
     if description.ignored:
         _write_text(root / ".bidsignore", "".join(f"{name}\n" for name in description.ignored))
     labels = root
@@ -80,6 +90,7 @@ def write_dataset(
         name = f"{description.name}: labels"
         _write_json(labels / "dataset_description.json", _description(description, DatasetKind.DERIVATIVE, name))
         _write_text(labels / "README", f"Label maps of {description.name}.\n")
+    _write_json(labels / "dseg.json", _LABEL_MAPS)
     rows = [(0, "background"), *sorted(description.labels.items())]
     _write_text(labels / "dseg.tsv", "index\tname\n" + "".join(f"{value}\t{name}\n" for value, name in rows))
 

@@ -95,6 +95,57 @@ class Found:
     refused: tuple[Refused, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageFile:
+    """A scan and its label map, where it has one; whose it is as in `ScanPair`."""
+
+    patient: str
+    scan: str
+    image: Path
+    label: Path | None
+
+
+def find_images(folder: Path, *, suffix: str | None = None) -> tuple[tuple[ImageFile, ...], tuple[Refused, ...]]:
+    """Every scan of a folder with its label map if there is one, in sorted order; files that cannot be used.
+
+    In one of the three spellings, or a plain folder of files (or `images`, `imagesTr` without labels), named as nnU-Net
+    cases are. suffix: as in `find_pairs`. Raises DataError for what is no folder, or a manifest that cannot be read.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; no scan was read")
+    if layout_of(folder) is None:
+        place = next((folder / images for images, _ in _NNUNET_FOLDERS if (folder / images).is_dir()), folder)
+        alone, twins = _by_stem(place)
+        named = [(*split_case(stem), path) for stem, path in alone.items()]
+        plain = tuple(ImageFile(patient=p, scan=s, image=path, label=None) for p, s, path in sorted(named))
+        return plain, tuple(Refused(path=path, reason=Reason.NAMED_TWICE) for path in twins)
+    found = find_pairs(folder, suffix=suffix)
+    images = [ImageFile(patient=p.patient, scan=p.scan, image=p.image, label=p.label) for p in found.pairs]
+    refused = []
+    for entry in found.refused:
+        # In a manifest the path that is missing may be the label's.
+        if entry.reason is Reason.MISSING_LABEL and entry.patient is not None and found.layout is not Layout.MANIFEST:
+            stem = _stem(entry.path)
+            images.append(ImageFile(patient=entry.patient, scan=stem, image=entry.path, label=None))
+        else:
+            refused.append(entry)
+    return tuple(sorted(images, key=lambda file: (file.patient, file.scan))), tuple(refused)
+
+
+def layout_of(folder: Path) -> Layout | None:
+    """The spelling of a folder; None when it is in none of the three."""
+    if (folder / _MANIFEST).is_file():
+        return Layout.MANIFEST
+    if any(path.is_dir() for path in folder.glob("sub-*")):
+        return Layout.BIDS
+    return Layout.NNUNET if _nnunet_folders(folder) else None
+
+
+def _nnunet_folders(folder: Path) -> list[tuple[Path, Path]]:
+    both = [(folder / images, folder / labels) for images, labels in _NNUNET_FOLDERS]
+    return [(images, labels) for images, labels in both if images.is_dir() and labels.is_dir()]
+
+
 def find_pairs(folder: Path, *, suffix: str | None = None) -> Found:
     """The image+label pairs in a folder; no scan is opened.
 
@@ -103,16 +154,15 @@ def find_pairs(folder: Path, *, suffix: str | None = None) -> Found:
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; no scan was read")
-    if (folder / _MANIFEST).is_file():
-        layout, (pairs, refused) = Layout.MANIFEST, _from_manifest(folder)
-    elif any(path.is_dir() for path in folder.glob("sub-*")):
-        layout, (pairs, refused) = Layout.BIDS, _from_bids(folder, suffix)
-    else:
-        for images, labels in _NNUNET_FOLDERS:
-            if (folder / images).is_dir() and (folder / labels).is_dir():
-                layout, (pairs, refused) = Layout.NNUNET, _from_nnunet(folder / images, folder / labels)
-                break
-        else:
+    layout = layout_of(folder)
+    match layout:
+        case Layout.MANIFEST:
+            pairs, refused = _from_manifest(folder)
+        case Layout.BIDS:
+            pairs, refused = _from_bids(folder, suffix)
+        case Layout.NNUNET:
+            pairs, refused = _from_nnunet(*_nnunet_folders(folder)[0])
+        case _:
             raise DataError(
                 f"{folder} holds none of the three spellings: {_MANIFEST} (columns patient,image,label), "
                 "BIDS (sub-*/anat/*_<suffix>.nii.gz with *_dseg.nii.gz or *_mask.nii.gz), "

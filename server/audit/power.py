@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from common.measure.audit_plan import AuditPlan, EndpointPlan
-from common.measure.membership import (
-    CountNoise,
-    Exceedance,
-    discrete_laplace_noise,
-    shared_level,
-    smallest_detectable_copies,
-)
+from common.measure.membership import Exceedance, edges_tried, shared_level, smallest_detectable_copies
+from common.measure.noised_counts import Share
 
 PROBABILITY = 0.9
 _THRESHOLD = 1.0  # of the public unit: candidate volumes end there, copies of phantoms scored above it
@@ -24,13 +19,10 @@ def planned_smallest_copies(plan: AuditPlan, endpoint: EndpointPlan) -> float:
     sites = len(plan.sites) or plan.quorum
     members, nonmembers = sites * plan.expected_members, sites * plan.expected_nonmembers
     tail = sum(edge >= _THRESHOLD for edge in endpoint.edges)
-    noise = sites * tail * discrete_laplace_noise(plan.epsilon_per_answer).variance
-    expected = Exceedance(
-        members=0.0,
-        nonmembers=plan.false_positive_rate,
-        member_draws=members,
-        nonmember_draws=nonmembers,
-        member_noise=CountNoise(variance=2 * noise / members**2, fourth=0.0),  # two halves, each noised
-        nonmember_noise=CountNoise(variance=noise / nonmembers**2, fourth=0.0),
+    rate, answers, asked = plan.false_positive_rate, sites * tail, plan.answers[endpoint.name]
+    expected = Exceedance(  # members came in two halves, each noised
+        members=Share(value=rate, draws=members, noise=asked.noise(2 * answers).scaled(1 / members)),
+        nonmembers=Share(value=rate, draws=nonmembers, noise=asked.noise(answers).scaled(1 / nonmembers)),
     )
-    return smallest_detectable_copies(expected, shared_level(plan.copy_confidence, tail), PROBABILITY)
+    level = shared_level(plan.copy_confidence, edges_tried(tail, rate, nonmembers))
+    return smallest_detectable_copies(expected, level, PROBABILITY)

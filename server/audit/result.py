@@ -112,13 +112,14 @@ class AttributeInference:
     """A yes-or-no question about a patient, answered from the image and the synthetic set.
 
     members, nonmembers: share answered right. lift: members minus non-members, what having been used adds; a
-    generator may teach anatomy that holds for everybody. upper: one-sided.
+    generator may teach anatomy that holds for everybody. lower, upper: one-sided bounds on the lift.
     """
 
     question: str
     members: Interval
     nonmembers: Interval
     lift: Interval
+    lower: Bound
     upper: Bound
 
 
@@ -134,6 +135,18 @@ class CriticControl:
     found: int
     epsilon: float
     share: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlindBaseline:
+    """Members against non-members by a score that ignores the generator: nothing to find where the draw was fair.
+
+    Its AUC must be shown to lie within max_blind_auc of both sides; else the groups differ for other reasons than
+    membership, and so would every attack's scores.
+    """
+
+    auc: Interval
+    passed: bool
 
 
 class MechanismVerdict(StrEnum):
@@ -205,6 +218,8 @@ class AuditThresholds:
     max_auc_site: float
     max_tpr: float
     max_detectable_copies: float
+    max_inference_lift: float
+    max_blind_auc: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +229,7 @@ class AuditResult:
     reasons: one sentence each; empty only for PASS. endpoints: empty when the answers could not be used
     (then the verdict is INCONCLUSIVE). members, nonmembers: noised totals over sites; None when unusable.
     epsilon_members, epsilon_nonmembers: what this audit cost each patient, pure epsilon; None when the answers were
-    exact. inference, critic, mechanism: None where the plan does not ask for them.
+    exact. inference, critic, blind, mechanism: None where the plan does not ask for them.
     """
 
     verdict: Verdict
@@ -222,12 +237,13 @@ class AuditResult:
     endpoints: tuple[EndpointResult, ...]
     inference: AttributeInference | None = None
     critic: CriticControl | None = None
+    blind: BlindBaseline | None = None
     mechanism: MechanismAudit | None = None
     sites: tuple[str, ...]
     members: int | None
     nonmembers: int | None
-    epsilon_members: float
-    epsilon_nonmembers: float
+    epsilon_members: float | None
+    epsilon_nonmembers: float | None
     false_positive_rate: float
     confidence: float
     thresholds: AuditThresholds
@@ -248,7 +264,13 @@ class AuditResult:
     @property
     def controls_caught(self) -> bool:
         """Whether something was measured and every control did what it must."""
-        return bool(self.endpoints) and all(e.null.passed and e.planted.detected for e in self.endpoints)
+        silent = self.blind is None or self.blind.passed
+        return bool(self.endpoints) and silent and all(e.null.passed and e.planted.detected for e in self.endpoints)
+
+    @property
+    def primary(self) -> EndpointResult | None:
+        """The endpoint that was named primary before any score existed; None when nothing was measured."""
+        return next((e for e in self.endpoints if e.name is Endpoint.FUSED), None)
 
     def to_json(self) -> str:
         """Canonical JSON (RFC 8785); never NaN or Infinity."""

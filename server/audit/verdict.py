@@ -13,43 +13,52 @@ All conditions of (3) must hold together, so their bounds need no correction for
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.measure.audit_plan import AuditPlan, EndpointPlan, Group
+from common.measure.audit_plan import AnswerPlan, AuditPlan, EndpointPlan, Group
 from common.measure.intervals import Bound, Interval, Side
 from common.measure.membership import (
-    CountNoise,
+    Exceedance,
     Stratum,
     copies_lower_bound,
     copies_upper_bound,
-    discrete_laplace_noise,
     exceedance,
     far_edges,
-    rate_interval,
+    fitted_roc,
+    rate_difference,
+    set_membership_p_value,
     shared_level,
     smallest_detectable_copies,
     stratified_auc,
     true_positives,
 )
+from common.measure.monotone import rising
+from common.measure.noised_counts import CountNoise
+from common.measure.proven_epsilon import clopper_pearson_epsilon
 from common.protocol.messages import ScoreReply
-from common.settings.study import ReleaseSettings
+from common.settings.study import Question, ReleaseSettings
+from server.audit.beside import attribute_inference, blind_baseline, critic_control
 from server.audit.power import PROBABILITY, planned_smallest_copies
 from server.audit.result import (
+    AttributeInference,
     AuditResult,
     AuditThresholds,
+    BlindBaseline,
     EndpointResult,
     NullControl,
     PlantedControl,
     PooledHistogram,
     Power,
     RocPoint,
+    SetMembership,
     SiteAuc,
     Verdict,
 )
 
-__all__ = ["AuditResult", "Verdict", "judge"]
+__all__ = ["AuditResult", "Verdict", "judge", "judge_counts"]
 
 _ALIKE = 0.95  # share of patients in one bin above which scores tell nobody apart
 _NOISE_MARGIN = 4.0  # a group's noised size must exceed this many standard deviations of its own noise
@@ -58,31 +67,77 @@ Counts = NDArray[np.float64]
 SiteCounts = Mapping[Group, Counts]
 
 
-def judge(plan: AuditPlan, answers: Mapping[str, ScoreReply], thresholds: ReleaseSettings) -> AuditResult:
-    """The verdict on the answers by site. Pure; never raises for what a site sent."""
-    sites = tuple(sorted(answers))
-    counts, objections = _usable(plan, answers)
+def judge(
+    plan: AuditPlan, answers: Mapping[str, ScoreReply], thresholds: ReleaseSettings, *, participants: Sequence[str]
+) -> AuditResult:
+    """The verdict on the answers by site. Pure; never raises for what a site sent.
+
+    participants: sites whose weights went in; all of them must have answered.
+    """
+    counts, objections = _usable(plan, answers, participants)
+    digests = {answer.weights_digest for answer in answers.values()}
+    result = judge_counts(
+        plan,
+        {site: {name: counts[site, name] for name in plan.answers} for site in sorted(answers)}
+        if not objections
+        else {},
+        thresholds,
+        objections=objections,
+        weights_digest=digests.pop() if len(digests) == 1 else None,
+    )
+    asked = Question.CRITIC in plan.questions and not objections
+    critic = critic_control(answers, plan) if asked else None
+    return replace(result, sites=tuple(sorted(answers)), critic=critic)
+
+
+def judge_counts(
+    plan: AuditPlan,
+    by_site: Mapping[str, Mapping[str, SiteCounts]],
+    thresholds: ReleaseSettings,
+    *,
+    objections: Sequence[str] = (),
+    weights_digest: str | None,
+) -> AuditResult:
+    """The verdict on counts that are known to be whole: site -> answer of the plan -> group -> counts.
+
+    objections: why they cannot be used all the same. Pure.
+    """
+    sites, objections = tuple(by_site), list(objections)
     found: list[EndpointResult] = []
-    if not objections:
-        for endpoint in plan.endpoints:
-            by_site = [counts[site, endpoint.name] for site in sites]
-            objections += _too_little(plan, endpoint, sites, by_site)
-            if all(c.sum() >= 1 for groups in by_site for c in (_members(groups), *groups.values())):
-                found.append(_measure(plan, endpoint, sites, by_site, thresholds))
+    for endpoint in plan.endpoints if by_site else ():
+        counts = [answers[endpoint.name] for answers in by_site.values()]
+        objections += _too_little(plan, endpoint, sites, counts)
+        if all(c.sum() >= 1 for groups in counts for c in (_members(groups), *groups.values())):
+            found.append(_measure(plan, endpoint, sites, counts, thresholds))
+    inference = blind = None
+    if len(found) < len(plan.endpoints):
+        found = []
+        objections = objections or ["a group is empty"]
+    elif lost := _lost_questions(plan, by_site):
+        objections += lost
+    else:
+        if Question.LABEL_SIZE in plan.questions:
+            inference = attribute_inference(_strata(plan, Question.LABEL_SIZE, by_site), plan.confidence)
+        if Question.BLIND in plan.questions:
+            blind = blind_baseline(_strata(plan, Question.BLIND, by_site), plan.confidence, thresholds.max_blind_auc)
     if objections:
         verdict, reasons = Verdict.INCONCLUSIVE, objections
-        found = found if len(found) == len(plan.endpoints) else []
-    elif leaks := [reason for e in found for reason in _leaks(e, thresholds)]:
+    elif leaks := [*(r for e in found for r in _leaks(e, thresholds)), *_inference_leaks(inference, thresholds)]:
         verdict, reasons = Verdict.FAIL, leaks
-    elif doubts := [reason for e in found for reason in _doubts(e, thresholds)]:
+    elif doubts := [
+        *(r for e in found for r in _doubts(e, thresholds)),
+        *_inference_doubts(inference, thresholds),
+        *_blind_doubts(blind, thresholds),
+    ]:
         verdict, reasons = Verdict.INCONCLUSIVE, doubts
     else:
         verdict, reasons = Verdict.PASS, []
-    digests = {answer.weights_digest for answer in answers.values()}
     return AuditResult(
         verdict=verdict,
         reasons=tuple(reasons),
         endpoints=tuple(found),
+        inference=inference,
+        blind=blind,
         sites=sites,
         members=found[0].members if found else None,
         nonmembers=found[0].nonmembers if found else None,
@@ -95,21 +150,26 @@ def judge(plan: AuditPlan, answers: Mapping[str, ScoreReply], thresholds: Releas
             max_auc_site=thresholds.max_auc_site,
             max_tpr=thresholds.max_tpr,
             max_detectable_copies=thresholds.max_detectable_copies,
+            max_inference_lift=thresholds.max_inference_lift,
+            max_blind_auc=thresholds.max_blind_auc,
         ),
         plan_digest=plan.digest,
-        weights_digest=digests.pop() if len(digests) == 1 else None,
+        weights_digest=weights_digest,
     )
 
 
 # (1) Can the answers be used at all
 
 
-def _usable(plan: AuditPlan, answers: Mapping[str, ScoreReply]) -> tuple[dict[tuple[str, str], SiteCounts], list[str]]:
-    """Counts by (site, endpoint), and why they cannot be used."""
-    objections = [f"{site} did not answer" for site in plan.sites if site not in answers]
+def _usable(
+    plan: AuditPlan, answers: Mapping[str, ScoreReply], participants: Sequence[str]
+) -> tuple[dict[tuple[str, str], SiteCounts], list[str]]:
+    """Counts by (site, answer), and why they cannot be used."""
+    objections = [f"{site} did not answer" for site in participants if site not in answers]
     objections += [
         f"{site} answered but is not in the plan" for site in answers if plan.sites and site not in plan.sites
     ]
+    objections += [f"{site} answered but gave nothing" for site in answers if site not in participants]
     if len(answers) < max(plan.quorum, 1):
         objections.append(f"{len(answers)} sites answered, the plan needs {max(plan.quorum, 1)}")
     if len({answer.weights_digest for answer in answers.values()}) > 1:
@@ -119,23 +179,24 @@ def _usable(plan: AuditPlan, answers: Mapping[str, ScoreReply]) -> tuple[dict[tu
         if answer.audit_plan_digest != plan.digest:
             objections.append(f"{site} answered another audit plan")
             continue
-        for endpoint in plan.endpoints:
-            groups = _groups(plan, endpoint, answer)
+        if (answer.critic_tells is None) == (Question.CRITIC in plan.questions):
+            objections.append(f"{site}: the bit about its critic is not what the plan asks for")
+        for name in plan.answers:
+            groups = _groups(plan, name, answer)
             if groups is None:
-                objections.append(
-                    f"{site}: the {endpoint.name} answer does not have the plan's groups, bins and epsilon"
-                )
+                objections.append(f"{site}: the {name} answer does not have the plan's groups, bins and epsilon")
             else:
-                counts[site, endpoint.name] = groups
+                counts[site, name] = groups
     return counts, objections
 
 
-def _groups(plan: AuditPlan, endpoint: EndpointPlan, answer: ScoreReply) -> SiteCounts | None:
-    """The endpoint's counts by group; None unless every group is there once, on the grid, at the plan's epsilon."""
-    mine = [h for h in answer.histograms if h.endpoint == endpoint.name]
-    if sorted(h.group for h in mine) != sorted(Group):
+def _groups(plan: AuditPlan, name: str, answer: ScoreReply) -> SiteCounts | None:
+    """One answer's counts by group; None unless every group is there once, on the grid, at the plan's epsilon."""
+    mine = [h for h in answer.histograms if h.endpoint == name]
+    asked = plan.answers[name]
+    if sorted(h.group for h in mine) != sorted(asked.groups):
         return None
-    if any(len(h.counts) != endpoint.bins or h.epsilon != plan.epsilon_per_answer for h in mine):
+    if any(len(h.counts) != asked.bins or h.epsilon != asked.epsilon for h in mine):
         return None
     counts = {Group(h.group): np.array(h.counts, dtype=np.float64) for h in mine}
     return counts if all(np.isfinite(c).all() for c in counts.values()) else None
@@ -146,7 +207,7 @@ def _too_little(
 ) -> list[str]:
     """Groups lost in their own noise, and scores that all fall together."""
     objections = []
-    one = endpoint.bins * discrete_laplace_noise(plan.epsilon_per_answer).variance
+    one = endpoint.bins * plan.answers[endpoint.name].noise().variance
     for site, groups in zip(sites, by_site, strict=True):
         sizes = {"members": (_members(groups), 2 * one), "non-members": (groups[Group.NONMEMBER], one)}
         for name, (counts, variance) in sizes.items():
@@ -159,6 +220,31 @@ def _too_little(
     if not objections and pooled.max() > _ALIKE * pooled.sum():
         objections.append(f"{endpoint.name}: scores are all alike, so that nobody could be told from anybody")
     return objections
+
+
+def _lost_questions(plan: AuditPlan, by_site: Mapping[str, Mapping[str, SiteCounts]]) -> list[str]:
+    """Questions whose answers are lost in their own noise, by site."""
+    return [
+        f"{name}: {site} has too few patients beside the noise"
+        for name in (Question.LABEL_SIZE, Question.BLIND)
+        if name in plan.questions
+        for site, answers in by_site.items()
+        if min(_members(answers[name]).sum(), answers[name][Group.NONMEMBER].sum()) < 1
+    ]
+
+
+def _strata(plan: AuditPlan, name: str, by_site: Mapping[str, Mapping[str, SiteCounts]]) -> list[Stratum]:
+    return [_stratum(plan.answers[name], answers[name]) for answers in by_site.values()]
+
+
+def _stratum(asked: AnswerPlan, groups: SiteCounts) -> Stratum:
+    """Members against non-members of one site. Members came in two halves, each noised."""
+    return Stratum(
+        members=_members(groups),
+        nonmembers=groups[Group.NONMEMBER],
+        member_noise=asked.noise(2),
+        nonmember_noise=asked.noise(),
+    )
 
 
 def _members(groups: SiteCounts) -> Counts:
@@ -175,12 +261,9 @@ def _measure(
     by_site: Sequence[SiteCounts],
     thresholds: ReleaseSettings,
 ) -> EndpointResult:
-    noise = discrete_laplace_noise(plan.epsilon_per_answer)
-    both = discrete_laplace_noise(plan.epsilon_per_answer, answers=2)  # two halves, each noised
-    strata = [
-        Stratum(members=_members(g), nonmembers=g[Group.NONMEMBER], member_noise=both, nonmember_noise=noise)
-        for g in by_site
-    ]
+    asked = plan.answers[endpoint.name]
+    noise = asked.noise()
+    strata = [_stratum(asked, groups) for groups in by_site]
     auc = stratified_auc(strata)
     tpr = true_positives(strata, plan.false_positive_rate, plan.confidence)
     copy_level = shared_level(plan.copy_confidence, len(far_edges(strata, plan.false_positive_rate)))
@@ -198,12 +281,15 @@ def _measure(
         tpr_lower=tpr.lower,
         tpr_upper=tpr.upper,
         copies_lower=copies_lower_bound(strata, plan.false_positive_rate, plan.copy_confidence),
-        copies_upper=copies_upper_bound(tpr, plan.confidence),
-        set_membership=(),
-        epsilon_lower=None,
+        copies_upper=copies_upper_bound(strata, plan.false_positive_rate, plan.confidence),
+        set_membership=tuple(
+            SetMembership(site=site, p_value=set_membership_p_value(s)) for site, s in zip(sites, strata, strict=True)
+        ),
+        # The non-members alone choose this edge; without a delta, which for a claim's 1e-5 or so changes nothing.
+        epsilon_lower=clopper_pearson_epsilon([tpr.beyond], delta=0.0, confidence=plan.confidence),
         roc=_roc(strata, endpoint, plan.confidence),
         histograms=tuple(
-            PooledHistogram(group=group.value, counts=tuple(round(c) for c in counts))
+            PooledHistogram(group=group.value, counts=tuple(round(c) for c in rising(counts)))
             for group, counts in pooled.items()
         ),
         null=_null_control(plan, by_site, noise, thresholds),
@@ -229,16 +315,25 @@ def _site_auc(site: str, stratum: Stratum, confidence: float) -> SiteAuc:
 
 
 def _roc(strata: Sequence[Stratum], endpoint: EndpointPlan, confidence: float) -> tuple[RocPoint, ...]:
-    """Points at every edge from (0, 0) to (1, 1), band from sampling and noise of both groups."""
-    points = [RocPoint(false_positive_rate=0.0, true_positive_rate=0.0, low=0.0, high=0.0)]
-    for edge in reversed(range(len(endpoint.edges))):
-        at = exceedance(strata, edge)
-        band = rate_interval(at, confidence)
-        points.append(
-            RocPoint(false_positive_rate=at.nonmembers, true_positive_rate=band.estimate, low=band.low, high=band.high)
-        )
-    points.append(RocPoint(false_positive_rate=1.0, true_positive_rate=1.0, low=1.0, high=1.0))
-    return tuple(points)
+    """The fitted curve from (0, 0) to (1, 1) with a band from sampling and noise of both groups."""
+    (_, *fitted, _) = fitted_roc(strata)
+    edges = reversed(range(len(endpoint.edges)))
+    return (
+        RocPoint(false_positive_rate=0.0, true_positive_rate=0.0, low=0.0, high=0.0),
+        *(_roc_point(fpr, tpr, exceedance(strata, e), confidence) for e, (fpr, tpr) in zip(edges, fitted, strict=True)),
+        RocPoint(false_positive_rate=1.0, true_positive_rate=1.0, low=1.0, high=1.0),
+    )
+
+
+def _roc_point(fpr: float, tpr: float, at: Exceedance, confidence: float) -> RocPoint:
+    """The fitted rates of an edge. Its band is as wide as the limits of TPR - FPR and ends where a rate does."""
+    d = rate_difference(at, (1 + confidence) / 2)
+    return RocPoint(
+        false_positive_rate=float(fpr),
+        true_positive_rate=float(tpr),
+        low=max(float(tpr) - (d.estimate - d.low), 0.0),
+        high=min(float(tpr) + (d.high - d.estimate), 1.0),
+    )
 
 
 def _null_control(
@@ -308,6 +403,24 @@ def _doubts(e: EndpointResult, t: ReleaseSettings) -> list[str]:
             f"{e.power.probability:.0%} probability; at most {t.max_detectable_copies:.1%} is allowed"
         )
     return reasons
+
+
+def _inference_leaks(found: AttributeInference | None, t: ReleaseSettings) -> list[str]:
+    return [] if found is None else _above("attribute inference: lift", found.lift, found.lower, t.max_inference_lift)
+
+
+def _inference_doubts(found: AttributeInference | None, t: ReleaseSettings) -> list[str]:
+    return [] if found is None else _above("attribute inference: lift", found.lift, found.upper, t.max_inference_lift)
+
+
+def _blind_doubts(found: BlindBaseline | None, t: ReleaseSettings) -> list[str]:
+    if found is None or found.passed:
+        return []
+    return [
+        f"a score that ignores the generator must stay between {1 - t.max_blind_auc:.2f} and {t.max_blind_auc:.2f} for "
+        f"members against held-out; it gave {found.auc.low:.3f} to {found.auc.high:.3f}, so that they may differ "
+        "for other reasons than membership"
+    ]
 
 
 def _above(what: str, estimate: Interval, bound: Bound, limit: float) -> list[str]:

@@ -1,6 +1,7 @@
-"""The data card: what a release is, how private, how good, and what it is not for.
+"""The card: what a release is, how private, how good, and what it is not for.
 
-`card_facts` gives card.json; `card_text` renders the same facts as card.md, so the two cannot differ.
+`card_facts` gives card.json; `card_text` renders the same facts as card.md, so the two cannot differ. card.md is a
+model card in the form that model hubs read; renamed README.md it is one on the Hugging Face Hub.
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import yaml
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
 from common.evidence.predicate import Outcome, Predicate, utc_text
-from common.settings.study import Study
+from common.settings.study import IntensitySettings, Study
 
 if TYPE_CHECKING:
     from server.utility import UtilityResult  # brings in monai, which a card has no use for
 
-CARD_VERSION = 1
+CARD_VERSION = 2
 
 NOT_COVERED = (
     "People who resemble or are related to a patient: what holds for a group of k patients is k times epsilon.",
@@ -24,7 +28,7 @@ NOT_COVERED = (
     "Hyper-parameters: they were fixed in the study before any patient was seen; choices made with real data "
     "elsewhere would be uncounted.",
     "Facts about the whole population that any honest study would reveal.",
-    "Attacks that the audit does not try: it measures two membership scores, within the power stated below.",
+    "Attacks that the audit does not try: it rules out what it measured, within the power stated there, nothing else.",
 )
 INTENDED_USE = (
     "Developing and testing software that reads labelled 3-D scans.",
@@ -36,6 +40,14 @@ NOT_FOR = (
     "Evidence about the prevalence, size or appearance of disease: rare findings are weakened or absent.",
     "Replacing a test on real scans before clinical use.",
     "Attempts to recover or identify patients.",
+)
+LIMITATIONS = (
+    "Learned from the sites named here: other hospitals, scanners and populations may look different.",
+    "Clipping and noise, which protect each patient, blur what is rare: unusual anatomy and small or infrequent "
+    "findings are weakened or absent.",
+    "Each label map is drawn together with its image; no reader has checked it.",
+    "Fairness was not measured: the generator is told no age, sex or scanner; how well it serves each is unknown.",
+    "There is no detail finer than the voxels of the grid, and grey values have no physical unit.",
 )
 
 
@@ -51,6 +63,7 @@ def card_facts(*, study: Study, predicate: Predicate, volumes: int, utility: Uti
         "synthetic": True,
         **{name: decision[name] for name in ("outcome", "reasons", "simulated", "coarser", "sites", "audit", "study")},
         "decision_id": predicate.decision_id,
+        "bypass": predicate.json_value()["bypass"],
         "purpose": study.purpose,
         "data": {
             "volumes": volumes,
@@ -68,11 +81,21 @@ def card_facts(*, study: Study, predicate: Predicate, volumes: int, utility: Uti
             "delta": study.privacy.delta,
             "not_covered": list(NOT_COVERED),
         },
+        "training": {
+            "family": study.family.value,
+            "rounds": study.training.rounds,
+            "critic_steps_per_round": study.training.critic_steps_per_round,
+            "loss": study.training.loss.value,
+            "intensity": _intensity(study.intensity),
+            "warm_up_share": study.warm_up.share if study.warm_up else None,
+        },
         "warm_start": f"{study.warm_start.volumes} procedural {study.warm_start.phantom.value} phantoms",
         "utility": _utility_facts(utility) if utility else [],
         "intended_use": list(INTENDED_USE),
         "not_for": list(NOT_FOR),
+        "limitations": list(LIMITATIONS),
         "licence": study.release.licence,
+        "licence_url": _licence_url(study.release.licence),
         "citation": f"{study.study}: synthetic {study.modality} scans, made with Consilium {predicate.code_version}, "
         f"decision {predicate.decision_id}, {predicate.issued:%Y-%m-%d}.",
         "issued": utc_text(predicate.issued),
@@ -82,20 +105,52 @@ def card_facts(*, study: Study, predicate: Predicate, volumes: int, utility: Uti
 
 
 def card_text(card: Mapping[str, Any]) -> str:
-    """The card in Markdown. Its first lines are what nobody may miss."""
-    return "\n".join([f"# {card['title']}", "", *_warnings(card), *_body(card)]) + "\n"
+    """The card in Markdown. After a release's front matter its first lines are what nobody may miss."""
+    return "\n".join([*_front_matter(card), f"# {card['title']}", "", *_warnings(card), *_body(card)]) + "\n"
+
+
+def epsilon_lines(card: Mapping[str, Any]) -> Iterator[str]:
+    """What each cohort of each site has spent, one line each."""
+    for site, facts in card["sites"].items():
+        for cohort, name in _COHORTS.items():
+            yield f"{site}, {name}: {_epsilon(facts[cohort])}"
+
+
+def _front_matter(card: Mapping[str, Any]) -> Iterator[str]:
+    """What model hubs read.  [Hugging Face Hub, model card metadata]  A refusal holds no model and has none."""
+    if card["outcome"] != Outcome.RELEASE:
+        return
+    url, licence = card["licence_url"], card["licence"]
+    known = {"license": licence.lower()} if url else {"license": "other", "license_name": licence}
+    modality = card["data"]["modality"].lower()
+    kind = ["medical", "3d", modality, "synthetic", "differential-privacy", "federated-learning"]
+    facts = {
+        **known,
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": kind + (["simulated"] if card["simulated"] else []),
+    }
+    yield from (
+        "---",
+        yaml.safe_dump(facts, sort_keys=False, default_flow_style=None, allow_unicode=True, width=1000).rstrip(),
+        "---",
+        "",
+    )
 
 
 def _warnings(card: Mapping[str, Any]) -> Iterator[str]:
-    """Coarser thresholds first, then what it is, then the epsilon of each site and its limits."""
+    """An overruled gate first, then coarser thresholds, what it is, the epsilon of each site and its limits."""
+    if card["bypass"]:
+        yield f"> **UNSAFE: THE GATE DECIDED {card['outcome']} AND WAS OVERRULED.** This is not a release."
+        yield f"> Reason that was given: {card['bypass']['reason']}"
+        yield ">"
     if card["coarser"]:
         yield f"> **COARSER THAN THE DEFAULT THRESHOLDS.** {_sentences(card['coarser'])}"
         yield ">"
-    if card["outcome"] == Outcome.RELEASE:
+    if card["outcome"] == Outcome.RELEASE or card["bypass"]:
         yield "> **SYNTHETIC.** Drawn from a generator; no volume is a scan of a person."
     else:
         yield f"> **{card['outcome']}: NOT RELEASED.** No volume and no generator are in this folder. Reasons:"
-        yield from (f"> - {reason}" for reason in card["reasons"])
+    yield from (f"> - {reason}" for reason in card["reasons"])
     yield ">"
     if card["simulated"]:
         yield (
@@ -105,33 +160,36 @@ def _warnings(card: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield "> **NOT SIMULATED.** Each site drew its noise from its own operating system."
     yield ">"
-    for site, facts in card["sites"].items():
-        for cohort in ("members", "nonmembers"):
-            yield f"> - {site}, {_COHORTS[cohort]}: {_epsilon(facts[cohort])}"
+    yield from (f"> - {line}" for line in epsilon_lines(card))
     if not card["sites"]:
         yield "> - No site has stated what it spent."
     yield ">"
-    yield "> Epsilon does not cover relatives, patients of two sites, or other releases: see *How private*."
+    yield "> Epsilon does not cover relatives, patients of two sites, or other releases: see *Privacy*."
     yield ""
 
 
 def _body(card: Mapping[str, Any]) -> Iterator[str]:
-    yield from ("## What it is", "", card["purpose"], "")
+    yield from ("## Model Details", "", card["purpose"], "")
     yield from _data_table(card["data"])
-    yield from ("", f"Warm start: {card['warm_start']}.", "")
-    yield from _bullets("What it is for", card["intended_use"])
-    yield from _bullets("What it is not for", card["not_for"])
+    yield from ("", "## Uses", "")
+    yield from _bullets("Direct Use", card["intended_use"], level=3)
+    yield from _bullets("Out-of-Scope Use", card["not_for"], level=3)
+    yield from _bullets("Bias, Risks, and Limitations", card["limitations"])
     yield from _privacy(card)
+    if card["outcome"] == Outcome.RELEASE:
+        yield from _first_steps()
+    yield from _training(card)
+    yield from ("## Evaluation", "")
     yield from _audit(card["audit"])
     yield from _utility(card["utility"])
-    yield from ("## Licence and citation", "", f"Licence: {card['licence']}.", "", f"Cite as: {card['citation']}", "")
+    yield from ("## Citation and Licence", "", f"Cite as: {card['citation']}", "", f"Licence: {card['licence']}.", "")
     yield from (
-        "## Checking it",
+        "## Checking It",
         "",
         "`consilium verify .` checks every file against the auditor's signature, offline.",
     )
     yield f"Decision `{card['decision_id']}`, issued {card['issued']}" + (
-        f", expires {card['expires']}." if card["expires"] else "."
+        f", expires {card['expires']}. An expired or revoked release is not to be used." if card["expires"] else "."
     )
 
 
@@ -149,9 +207,56 @@ def _data_table(data: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"| {name} | {value} |" for name, value in rows.items())
 
 
+def _first_steps() -> Iterator[str]:
+    yield from ("## How to Get Started with the Model", "")
+    yield "    consilium verify .                            check that this is what the auditor signed"
+    yield "    consilium sample . --n 10 --out more          draw further volumes, which were not audited one by one"
+    yield "    consilium release nnunet . --out nnUNet_raw   lay the volumes out for nnU-Net v2"
+    yield ""
+
+
+def _training(card: Mapping[str, Any]) -> Iterator[str]:
+    training = card["training"]
+    yield from ("## Training Details", "", "### Training Data", "")
+    scans = "Scans given to simulated sites" if card["simulated"] else "Scans of patients, which stayed there"
+    yield (
+        f"{scans}: {', '.join(card['sites']) or 'no site'}. Exact numbers of patients are not stated: each would be an "
+        f"answer that nobody paid for. Public start, which is nobody's data: {card['warm_start']}."
+    )
+    yield from ("", "### Training Procedure", "")
+    yield (
+        f"Family {training['family']}, {training['loss']} loss, {training['rounds']} rounds of "
+        f"{training['critic_steps_per_round']} noised critic steps at each site; of the two networks only the "
+        f"generator left it. Before training, {training['intensity']}."
+    )
+    if training["warm_up_share"]:
+        yield (
+            "The public start was first fitted to one noised sum of public features from each site, which took "
+            f"{training['warm_up_share']:.0%} of the target epsilon."
+        )
+    yield ""
+
+
+def _intensity(intensity: IntensitySettings) -> str:
+    """How a scan's grey values became those that training saw, in words."""
+    unit = "the scan's own unit" if intensity.kind == "window" else "percentiles of the scan itself"
+    return f"grey values from {intensity.low:g} to {intensity.high:g} ({unit}) were mapped to -1..1 and clamped"
+
+
+def _licence_url(licence: str) -> str | None:
+    """Where SPDX keeps the text of a licence; None for one it does not list."""
+    try:
+        known = canonicalize_license_expression(licence)
+    except InvalidLicenseExpression:
+        return None
+    # An expression ("MIT OR ...", "Apache-2.0+") or a reference of one's own is valid too, but has no page there.
+    listed = not (" " in known or "+" in known or known.startswith("LicenseRef-"))
+    return f"https://spdx.org/licenses/{known}.html" if listed else None
+
+
 def _privacy(card: Mapping[str, Any]) -> Iterator[str]:
     privacy = card["privacy"]
-    yield from ("## How private", "")
+    yield from ("## Privacy", "")
     yield f"Differential privacy for each {privacy['unit']}; neighbours are {privacy['neighbours']}."
     yield "Every number is recomputed from the mechanisms in the sites' ledgers: training, audit and utility together."
     yield from ("", "| site | cohort | epsilon | interval | delta | accountant | upper bound by RDP |")
@@ -168,7 +273,7 @@ def _privacy(card: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _audit(audit: Mapping[str, Any] | None) -> Iterator[str]:
-    yield from ("## What the audit found", "")
+    yield from ("### Privacy Audit", "")
     if audit is None:
         yield from ("There was no audit.", "")
         return
@@ -205,7 +310,7 @@ def _utility_facts(utility: UtilityResult) -> list[dict[str, Any]]:
 
 
 def _utility(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield from ("## How good", "")
+    yield from ("### Usefulness", "")
     if not lines:
         yield from ("Usefulness was not measured for this release.", "")
         return

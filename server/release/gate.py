@@ -94,6 +94,8 @@ def _site(statement: SiteStatement) -> SiteFacts:
         policy_digest=statement.policy_digest,
         code_digest=statement.code_digest,
         ledger_head=statement.ledger_head,
+        receipt_key=statement.receipt.key if statement.receipt else None,
+        receipt=statement.receipt.digest if statement.receipt else None,
     )
 
 

@@ -1,6 +1,8 @@
 """What must hold before anything is released. Each policy reads the evidence and states its objections.
 
-Policies are pure and know nothing of each other; `gate.decide` combines them. There is no bypass.
+Policies are pure and know nothing of each other; `gate.decide` combines them. No policy can be switched off, and a
+decision is never changed: who hands out volumes that the gate refused (`server.release.bypass`) makes a folder that
+says UNSAFE everywhere and that `consilium verify` refuses.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from typing import Protocol, assert_never
 
 from common.privacy.accounting import Epsilon, epsilon, epsilon_rdp
 from common.privacy.mechanism import DpSgd, ExactAnswer, GaussianRelease, Mechanism, NoisedCounts, Plan
-from common.protocol.messages import EnrolReply, StatementReply
+from common.protocol.messages import EnrolReply, ScoreReply, StatementReply
 from common.settings.load import study_digest
 from common.settings.study import AuditSettings, ReleaseSettings, Study
 from server.audit.result import AuditResult, EndpointResult, Verdict
+from server.release.receipts import SiteReceipt
 
 _COMMITMENT = re.compile(r"[0-9a-f]{64}")
 
@@ -46,6 +49,7 @@ class SiteStatement:
     """What one site said at enrolment and at the end.
 
     rounds: how many of its replies entered the average. released: whether its warm-up was used.
+    receipt: what it signed, checked; None when nobody asked for it.
     """
 
     study_digest: str
@@ -58,15 +62,27 @@ class SiteStatement:
     code_digest: str
     ledger_head: str
     simulated: bool
+    receipt: SiteReceipt | None = None
 
     @classmethod
     def of(
-        cls, *, enrolled: EnrolReply, stated: StatementReply, rounds: int, delta: float, released: bool = False
+        cls,
+        site: str,
+        *,
+        enrolled: EnrolReply,
+        stated: StatementReply,
+        trained: Mapping[int, str],
+        scored: ScoreReply | None,
+        delta: float,
+        released: bool = False,
     ) -> SiteStatement:
-        """From a site's own replies. delta: the study's."""
+        """From a site's own replies.
+
+        trained: digest of its generator that was used, by round. scored: its audit answer. delta: the study's.
+        """
         return cls(
             study_digest=stated.study_digest,
-            rounds=rounds,
+            rounds=len(trained),
             released=released,
             members=Spending(mechanisms=stated.members, delta=delta),
             nonmembers=Spending(mechanisms=stated.nonmembers, delta=delta),
@@ -75,6 +91,7 @@ class SiteStatement:
             code_digest=enrolled.code_digest,
             ledger_head=stated.ledger_head.hash,
             simulated=enrolled.simulated,
+            receipt=SiteReceipt.check(site, enrolled=enrolled, stated=stated, trained=trained, scored=scored),
         )
 
 
@@ -138,6 +155,7 @@ def default_policies(study: Study) -> tuple[Policy, ...]:
         NotResearch(),
         EpsilonWithin(cap=study.privacy.epsilon_cap),
         HoldoutCommitted(),
+        ReceiptsHold(),
         AuditPassed(),
         ControlsCaught(),
         PowerSufficient(),
@@ -246,6 +264,26 @@ class HoldoutCommitted:
 
 
 @dataclass(frozen=True)
+class ReceiptsHold:
+    """Each site signed what it did, with the key it enrolled with, and signed nothing else than it said."""
+
+    name: str = "receipts-hold"
+
+    def objections(self, evidence: ReleaseEvidence) -> Iterator[Objection]:
+        """A missing receipt cannot be judged; one that does not hold, or a key of two sites, is refused."""
+        owners: dict[str, str] = {}
+        for site, statement in sorted(evidence.statements.items()):
+            receipt = statement.receipt
+            if receipt is None or receipt.envelope is None:
+                yield _cannot_tell(f"{site} has not signed a receipt")
+                continue
+            yield from (_refuse(f"{site}: {problem}") for problem in receipt.problems)
+            if receipt.key in owners:
+                yield _refuse(f"{site} and {owners[receipt.key]} share one receipt key")
+            owners.setdefault(receipt.key, site)
+
+
+@dataclass(frozen=True)
 class AuditPassed:
     """The audit of these very weights, under the study's own thresholds, passed."""
 
@@ -315,6 +353,8 @@ def coarser_than_default(study: Study) -> tuple[str, ...]:
         ),
     )
     found = [f"{name} is {value:g}; the default is {usual:g}" for name, value, usual in allows_more if value > usual]
+    if study.release.unsafe_bypass:
+        found.append("release.unsafe_bypass is set: the gate may be overruled; the default forbids it")
     usual_confidence = AuditSettings.model_fields["confidence"].default
     if study.audit.confidence < usual_confidence:
         found.append(f"audit.confidence is {study.audit.confidence:g}; the default is {usual_confidence:g}")

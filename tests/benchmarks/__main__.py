@@ -17,6 +17,7 @@ from tests.benchmarks.report import markdown, write_results
 
 BENCHMARKS = {
     "accountants": "epsilon by several accountants, the noise that targets need, and the published example",
+    "audit": "what the audit finds of planted copies beside peers, how often it errs, and its speed",
     "dp_step": "a critic's step with patient-level privacy beside the plain step, Opacus and other ways",
     "simulation": "what the in-process federation costs beyond the sites' training",
     "utility": "Dice on real held-out patients of segmenters trained on synthetic scans, and of peers",
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--studies", type=Path, default=STUDIES, help="folder of hippocampus.yaml and its variants")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", help="folder of the JSON files")
     parser.add_argument(
-        "--case", action="append", default=[], help="of `utility`: only cases that begin so; repeatable"
+        "--case", action="append", default=[], help="of `audit` and `utility`: only cases that begin so; repeatable"
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run on phantoms; its numbers mean nothing")
     return parser

@@ -21,6 +21,7 @@ from client.cohort import Cohort
 from client.store import SiteStore
 from common.errors import Unreachable
 from common.evidence.chain import EvidenceChain
+from common.evidence.predicate import ENROLMENT_RECORD
 from common.evidence.signing import create_signing_key
 from common.generator.network import read_weights, save_weights
 from common.generator.weights import Weights
@@ -35,7 +36,7 @@ from common.telemetry.metrics import metrics_file
 from server.campaign import EQUAL_WEIGHT
 from server.checkpoint import CheckpointStore
 from server.components import Component, load
-from server.enrolment import ENROLMENT_RECORD, enrol, enrolment_from
+from server.enrolment import enrol, enrolment_from
 from server.evidence_log import last_record
 from server.pretrain import WarmStart, warm_start
 from server.round import TrainingCampaign

@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 
 from client.cohort import Cohort
 from client.randomness import SecureStream
+from client.training.canaries import canaries_of
 from client.training.loop import train_round
 from client.training.state import GameState
 from common.generator.weights import Weights
@@ -154,6 +155,7 @@ class _Direct:
                 OrderKind.TRAIN.value,
                 codec.digest(order),
             )
+            secret = SecureStream.from_seed(self._seeds[name], name, "holdout").fork("canaries", order.study_digest)
             weights: Weights
             with clock.running():
                 weights, self._states[name] = train_round(
@@ -164,6 +166,7 @@ class _Direct:
                     cohort=cohort,
                     stream=stream,
                     observer=ignore,
+                    canaries=canaries_of(self._campaign.study, self._states[name].critic, secret),
                 )
             digests[name] = weights.digest
         return digests

@@ -44,6 +44,24 @@ def test_simulation_compares_the_grid_with_direct_training_of_the_same_weights(
 
 
 @pytest.mark.slow
+def test_audit_puts_the_suite_beside_peers_and_counts_its_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = results("audit", tmp_path)
+    metrics = {row["metric"] for row in rows}
+    assert {"tpr_at_1pct_fpr", "detection_5pct_copies", "false_release_rate", "false_alarm_rate"} <= metrics
+    assert {"s1_time_ratio_to_naive", "s1_gemm_fraction", "s1_linear_in_patients", "s1_peak_memory"} <= metrics
+    table = [row for row in rows if row["metric"] == "tpr_at_1pct_fpr"]
+    by_method = {row["method"]: [r["case"] for r in table if r["method"] == row["method"]] for row in table}
+    assert len(by_method) == 7  # two of ours and five peers, on the same patients
+    assert len({tuple(cases) for cases in by_method.values()}) == 1
+    ours = {row["case"].rpartition(", ")[2]: row["value"] for row in table if row["method"] == "consilium"}
+    assert min(ours[name] for name in ("noise 0.02", "noise 0.10", "gain and offset", "flip")) == 1.0
+    assert all(row["value"] == 0 for row in rows if row["metric"] == "false_release_rate")
+    assert "| consilium | 1 |" in capsys.readouterr().err  # the table of methods and disguises
+
+
+@pytest.mark.slow
 def test_dp_step_puts_our_step_beside_the_plain_one_and_peers(tmp_path: Path) -> None:
     rows = results("dp_step", tmp_path)
     methods = {row["method"] for row in rows}

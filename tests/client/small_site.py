@@ -16,7 +16,7 @@ from client.work import SiteWork, Task
 from common.adversary.critic import build_critic
 from common.generator.network import build_generator, weights_of
 from common.generator.weights import Weights
-from common.measure.audit_plan import AuditPlan, Group, make_plan
+from common.measure.audit_plan import AuditPlan, make_plan
 from common.privacy.ledger import Ledger
 from common.privacy.ledger_rows import Cohort as LedgerCohort
 from common.privacy.ledger_rows import LedgerEntry
@@ -202,18 +202,21 @@ class QuickWork:
             arrays["critic.weight"] = np.ones(3, np.float32)
         return Weights(arrays), {"critic": torch.tensor([before + noise, float(order.round)])}
 
-    def _score(self, order: ScoreOrder, task: Task, audit_plan: AuditPlan) -> tuple[NoisedHistogram, ...]:
+    def _score(
+        self, order: ScoreOrder, task: Task, audit_plan: AuditPlan, kept: Mapping[str, Tensor] | None
+    ) -> tuple[tuple[NoisedHistogram, ...], bool | None]:
         self.calls.append("score")
-        return tuple(
+        histograms = tuple(
             NoisedHistogram(
-                endpoint=endpoint.name.value,
+                endpoint=name,
                 group=group.value,
-                counts=tuple(int(n) for n in task.stream.discrete_laplace(endpoint.bins, 0.1)),
-                epsilon=audit_plan.epsilon_per_answer,
+                counts=tuple(int(n) for n in task.stream.discrete_laplace(asked.bins, 0.1)),
+                epsilon=asked.epsilon,
             )
-            for endpoint in audit_plan.endpoints
-            for group in Group
+            for name, asked in audit_plan.answers.items()
+            for group in asked.groups
         )
+        return histograms, kept is None
 
     def _utility(self, order: UtilityOrder, task: Task, head: LedgerHead) -> UtilityReply:
         self.calls.append(f"utility {order.source}")

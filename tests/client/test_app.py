@@ -244,6 +244,7 @@ def test_reply_to_another_order_is_replaced_by_a_refusal():
             policy_digest="a" * 64,
             code_digest="a" * 64,
             simulated=True,
+            receipt_key="a" * 64,
         ),
     ):
         assert codec.decode_reply(leaves(codec.encode(reply))) == RefusalReply(code=RefusalCode.INTERNAL)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.cohort import Cohort, Split, commit_split, draw_holdout, verify_commitment
+from client.cohort import Cohort, Split, commit_split, draw_holdout, poisson_draw, verify_commitment
 from client.randomness import SecureStream
 from common.errors import DataError, IntegrityError
 
@@ -113,7 +113,7 @@ def test_the_commitment_is_salted_so_that_names_cannot_be_guessed() -> None:
 
 def test_draws_take_each_member_independently_and_never_a_nonmember() -> None:
     patients, source = cohort(), stream(7)
-    draws = [patients.draw(source, 0.3) for _ in range(2000)]
+    draws = [poisson_draw(patients.members, source, 0.3) for _ in range(2000)]
     counts = {p: sum(p in drawn for drawn in draws) for p in patients.patients}
     assert all(counts[p] == 0 for p in patients.nonmembers)
     share = np.array([counts[p] for p in patients.members]) / 2000
@@ -126,9 +126,9 @@ def test_draws_take_each_member_independently_and_never_a_nonmember() -> None:
 
 def test_a_draw_may_be_empty_and_consecutive_draws_differ() -> None:
     patients, source = cohort(), stream(3)
-    assert patients.draw(source, 1e-9) == []
-    assert patients.draw(source, 0.5) != patients.draw(source, 0.5)
-    assert patients.draw(source, 1.0) == list(patients.members)
+    assert poisson_draw(patients.members, source, 1e-9) == []
+    assert poisson_draw(patients.members, source, 0.5) != poisson_draw(patients.members, source, 0.5)
+    assert poisson_draw(patients.members, source, 1.0) == list(patients.members)
 
 
 def test_patients_are_sorted_read_only_and_shared_with_the_caller() -> None:

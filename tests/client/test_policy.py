@@ -19,9 +19,10 @@ from small_site import (
 
 from client.policy import check, study_facts
 from common.errors import PolicyRefusal
+from common.measure.one_run import GUESS_RULES
 from common.privacy.calibration import plan_of
 from common.privacy.mechanism import DpSgd, Unit
-from common.protocol.messages import SegmenterSource, WarmUpOrder
+from common.protocol.messages import CanaryOrder, SegmenterSource, WarmUpOrder
 from common.settings.site import OrderKind, SitePolicy
 from common.settings.study import Study
 
@@ -86,6 +87,7 @@ ORDERS = {
     OrderKind.ENROL: enrol_order,
     OrderKind.WARM_UP: lambda: WarmUpOrder(study_digest=STUDY_DIGEST, plan=plan(), features=1),
     OrderKind.TRAIN: train_order,
+    OrderKind.CANARIES: lambda: CanaryOrder(study_digest=STUDY_DIGEST, canaries=1, rules=GUESS_RULES),
     OrderKind.SCORE: score_order,
     OrderKind.UTILITY: utility_order,
     OrderKind.STATEMENT: statement_order,

@@ -159,6 +159,38 @@ def test_help_lists_every_command_with_its_first_sentence(commands, capsys):
     assert "cli_contract_commands" not in sys.modules
 
 
+@pytest.fixture
+def both(commands):
+    """`good`, and `good ends` beside it."""
+    return [*commands, EntryPoint(name="good ends", value="cli_contract_commands:ends", group=COMMANDS)]
+
+
+def test_a_word_that_names_a_further_command_wins_over_the_command_itself(both, capsys):
+    assert run(["good", "ends", "refused"], both) == 1
+    assert capsys.readouterr().out == "the verdict is printed\n"
+
+
+@pytest.mark.parametrize("word", ["world", "./ends", "end"])
+def test_any_other_word_is_an_argument_of_the_command_itself(both, capsys, word):
+    assert run(["good", word], both) == 0
+    assert capsys.readouterr().out == f"hello {word}\n"
+
+
+def test_help_of_a_command_names_its_further_commands_and_that_of_all_lists_both(both, capsys):
+    assert run(["good", "--help"], both) == 0
+    shown = capsys.readouterr().out
+    assert "Greet somebody by name." in shown
+    assert "  Further commands:\n    good ends  End in some way\n" in shown
+    assert run(["--help"], both) == 0
+    shown = capsys.readouterr().out
+    assert "  good       Greet somebody by name\n  good ends  End in some way\n" in shown
+
+
+def test_a_further_command_explains_itself_and_names_itself_in_errors(both, capsys):
+    assert run(["good", "ends"], both) == 2
+    assert capsys.readouterr().err == "error: Missing argument 'HOW'. See `consilium good ends --help`.\n"
+
+
 def test_no_arguments_show_help_and_are_wrong_usage(commands, capsys):
     assert run([], commands) == 2
     assert "Commands:" in capsys.readouterr().err
@@ -192,7 +224,11 @@ def test_every_declared_command_is_installed_and_explains_itself(capsys):
     assert declared == {
         "simulate",
         "audit",
+        "audit verify",
         "release",
+        "release nnunet",
+        "release revoke",
+        "release sign",
         "report",
         "verify",
         "sample",

@@ -25,7 +25,7 @@ STUDY = tiny_study(
     training={"rounds": 2, "critic_steps_per_round": 4, "critic_width": 4},
     warm_start={"steps": 4},
     federation={"quorum": 2, "minimum_patients": 10, "server_ema": 0.5},
-    audit={"volumes": 16, "holdout_fraction": 0.35},
+    audit={"volumes": 16, "holdout_fraction": 0.35, "canaries": 60},
     release={"volumes": 4},
     utility={"training_steps": 1, "volumes": 8},
 )

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from loopback_sites import LoopbackSites
 
+from common.evidence.receipt import Answered, Receipt, sign_receipt
+from common.evidence.signing import public_key_hex
 from common.generator.weights import Weights
 from common.measure.audit_plan import AuditPlan
+from common.privacy.mechanism_json import mechanism_json
+from common.protocol import codec
 from common.protocol.messages import (
     EnrolOrder,
     EnrolReply,
@@ -28,6 +34,7 @@ from common.protocol.messages import (
     TrainReply,
 )
 from common.settings.load import study_digest
+from common.settings.study import Question
 from common.telemetry.events import Event, ignore
 from server.campaign import CampaignOutcome, run_campaign
 from server.run_folder import Engine, RunFacts, RunFolder
@@ -51,6 +58,8 @@ class ScriptedSite:
         self._number = number
         self._plan: AuditPlan | None = None
         self._trained: dict[int, TrainOrder] = {}
+        self._left: dict[str, Answered] = {}
+        self._key = Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)
 
     def _head(self, rows: int) -> LedgerHead:
         return LedgerHead(rows=rows, hash=f"{1000 * self._number + rows:064x}")
@@ -64,39 +73,72 @@ class ScriptedSite:
                     policy_digest="b" * 64,
                     code_digest="c" * 64,
                     simulated=False,
+                    receipt_key=public_key_hex(self._key.public_key()),
                 )
             case TrainOrder():
                 self._trained[order.round] = order
                 step = np.float32(0.01 * self._number)
                 moved = Weights({name: array + step for name, array in order.weights.arrays.items()})
-                return TrainReply(
+                trained = TrainReply(
                     study_digest=DIGEST,
                     round=order.round,
                     weights=moved,
                     weights_digest=moved.digest,
                     ledger_head=self._head(order.round),
                 )
+                return self._noted("train", order, trained, round=order.round, weights=moved.digest)
             case ScoreOrder():
                 self._plan = AuditPlan.from_json(order.audit_plan_json)
-                return ScoreReply(
+                scored = ScoreReply(
                     study_digest=DIGEST,
                     weights_digest=order.weights_digest,
                     audit_plan_digest=order.audit_plan_digest,
                     histograms=tuple(histograms(self._plan)),
+                    critic_tells=False if Question.CRITIC in self._plan.questions else None,
                     ledger_head=self._head(100),
                 )
+                asked = {"weights": order.weights_digest, "plan": order.audit_plan_digest}
+                return self._noted("score", order, scored, **asked)
             case StatementOrder():
                 rounds = tuple(order.plan.one_round for order in self._trained.values())
-                return StatementReply(
-                    study_digest=DIGEST,
-                    members=rounds + (self._plan.member_mechanisms if self._plan else ()),
-                    nonmembers=self._plan.nonmember_mechanisms if self._plan else (),
-                    ledger_head=self._head(101),
+                return self._signed(
+                    StatementReply(
+                        study_digest=DIGEST,
+                        members=rounds + (self._plan.member_mechanisms if self._plan else ()),
+                        nonmembers=self._plan.nonmember_mechanisms if self._plan else (),
+                        ledger_head=self._head(101),
+                    )
                 )
         return RefusalReply(code=RefusalCode.INTERNAL)
 
+    def _noted(self, kind: str, order: Order, reply: Reply, **facts: object) -> Reply:
+        digests = {"question": codec.digest(order), "answer": codec.digest(reply)}
+        self._left[digests["question"]] = Answered.model_validate({"kind": kind, **digests, **facts})
+        return reply
+
+    def _signed(self, statement: StatementReply) -> StatementReply:
+        receipt = Receipt(
+            study_digest=DIGEST,
+            site="abc"[self._number - 1],
+            simulated=False,
+            holdout_commitment=f"{self._number:064x}",
+            policy_digest="b" * 64,
+            code_digest="c" * 64,
+            ledger_rows=statement.ledger_head.rows,
+            ledger_head=statement.ledger_head.hash,
+            members=tuple(map(mechanism_json, statement.members)),
+            nonmembers=tuple(map(mechanism_json, statement.nonmembers)),
+            answers=tuple(self._left.values()),
+        )
+        return replace(statement, receipt=sign_receipt(receipt, self._key))
+
 
 def histograms(plan: AuditPlan) -> Iterator[NoisedHistogram]:
+    for question in (Question.LABEL_SIZE, Question.BLIND):
+        asked = plan.answers[question]
+        counts = tuple(3000 // asked.bins for _ in range(asked.bins))
+        for group in asked.groups:
+            yield NoisedHistogram(endpoint=question.value, group=group.value, counts=counts, epsilon=asked.epsilon)
     for endpoint in plan.endpoints:
         place = np.arange(endpoint.bins) / endpoint.bins
         bell = np.where(place < 0.7, np.exp(-0.5 * ((place - 0.35) / 0.12) ** 2), 0.0)

@@ -43,7 +43,7 @@ def test_audit_says_when_the_answers_no_longer_give_the_recorded_result(
     shutil.copytree(released[1].path, tmp_path / "run")
     answers = tmp_path / "run" / "audit" / "answers.json"
     body = json.loads(answers.read_text())
-    body["replies"]["a"]["histograms"][0]["counts"][4] += 5
+    body["replies"]["a"]["histograms"][0]["counts"][1] += 5
     answers.write_text(json.dumps(body))
     run(["audit", str(tmp_path / "run")])
     assert "the same result as the run recorded: NO" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Enrolment: who takes part is settled and recorded before any training."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 from loopback_sites import LoopbackSites
 
-from common.errors import Unreachable
+from common.errors import IntegrityError, Unreachable
+from common.evidence.canonical import canonical_json
 from common.evidence.chain import EvidenceChain
+from common.evidence.predicate import ENROLMENT_RECORD
 from common.generator.weights import Weights
 from common.protocol.messages import EnrolOrder, EnrolReply, Order, RefusalCode, RefusalReply, Reply
 from common.settings.load import study_digest, study_json
-from server.enrolment import ENROLMENT_RECORD, Enrolment, enrol, enrolment_from
+from server.enrolment import Enrolment, enrol, enrolment_from
 from server.evidence_log import last_record
 from server.sites import NoReply, NoReplyReason
 from tests.tiny_studies import tiny_study
@@ -23,8 +26,16 @@ STUDY = tiny_study()
 DIGEST = study_digest(STUDY)
 PUBLIC = Weights({"layer": np.zeros(2, np.float32)})
 REPLY = EnrolReply(
-    study_digest=DIGEST, holdout_commitment="a" * 64, policy_digest="b" * 64, code_digest="c" * 64, simulated=True
+    study_digest=DIGEST,
+    holdout_commitment="a" * 64,
+    policy_digest="b" * 64,
+    code_digest="c" * 64,
+    simulated=True,
+    receipt_key="e" * 64,
 )
+
+
+MALFORMED = "commitment, policy or code digest is not a SHA-256, or receipt key not an Ed25519 key"
 
 
 def joins(**changes: object) -> Callable[[Order], Reply]:
@@ -70,7 +81,8 @@ def test_commitments_are_in_the_evidence_and_read_back_the_same(tmp_path: Path):
     ("answer", "reason"),
     [
         (joins(study_digest="0" * 64), "reply is for another study"),
-        (joins(holdout_commitment=""), "commitment, policy or code digest is not a SHA-256"),
+        (joins(holdout_commitment=""), MALFORMED),
+        (joins(receipt_key="ssh-ed25519 AAAA"), MALFORMED),
         (joins(code_digest="e" * 64), "site runs another code version than most sites"),
         (lambda _: NoReply(reason=NoReplyReason.DEADLINE), "no reply before the deadline"),
     ],
@@ -79,6 +91,16 @@ def test_a_site_that_does_not_fit_is_left_out_with_its_reason(tmp_path: Path, an
     enrolment = enrolled(tmp_path, LoopbackSites({"a": joins(), "b": joins(), "c": answer}))
     assert enrolment.names == ("a", "b")
     assert enrolment.refused == {"c": reason}
+
+
+def test_an_enrolment_without_receipt_keys_is_of_an_older_version_and_is_not_resumed(tmp_path: Path):
+    enrolled(tmp_path, LoopbackSites({"a": joins(), "b": joins()}))
+    record = last_record(EvidenceChain(tmp_path / "evidence.jsonl"), ENROLMENT_RECORD)
+    assert record is not None
+    body = json.loads(canonical_json(record.body))
+    del body["participants"]["a"]["receipt_key"]
+    with pytest.raises(IntegrityError, match="older version"):
+        enrolment_from(replace(record, body=body), DIGEST)
 
 
 def test_below_the_quorum_nothing_is_recorded(tmp_path: Path):

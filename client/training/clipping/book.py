@@ -174,6 +174,13 @@ def clip_factors(squares: Tensor, clip_norms: Tensor) -> Tensor:
     return torch.where(squares.isfinite(), factors, 0.0)
 
 
+def clipped_sum_of(rows: Tensor, clip_norm: float) -> Tensor:
+    """(P,): sum of min(1, C / ||g||) g over whole gradients that were given, (n, P); not finite counts as zero."""
+    squares = squares_of_rows(rows)
+    factors = clip_factors(squares, torch.full_like(squares, clip_norm))
+    return factors.to(rows) @ _without(rows, ~squares.isfinite())
+
+
 def _without(rows: Tensor, dropped: Tensor) -> Tensor:
     mask = dropped.view(-1, *[1] * (rows.ndim - 1))
     return torch.where(mask, torch.zeros((), dtype=rows.dtype, device=rows.device), rows)

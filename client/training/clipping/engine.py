@@ -16,10 +16,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from client.training.clipping.book import Book, Segment
+from client.training.clipping.book import Book, Segment, clipped_sum_of
 from client.training.clipping.geometry import Task
 from client.training.clipping.layers import Recorder
-from client.training.clipping.part import Part, Run, passes
+from client.training.clipping.part import Given, Part, Run, passes
 from client.training.clipping.requirements import require_rows_apart, require_separable
 from client.training.clipping.routes import Route, route_by_rule
 from client.training.clipping.watch import Watch
@@ -57,12 +57,15 @@ class PatientClipper:
         self._route = route
         self._probed: set[torch.Size] = set()
 
-    def clipped_sum(self, parts: Sequence[Part]) -> Tensor:
+    def clipped_sum(self, parts: Sequence[Part], given: Given | None = None) -> Tensor:
         """(P,): sum over parts of weight * sum over patients of min(1, C / ||g||) g.  [Abadi et al. 2016, Alg. 1]
 
         g is the gradient of the mean loss over one patient's views. The result is flat, in the order of
         `critic.parameters()`. A patient whose gradient is not finite counts as exactly zero, silently: an error
         or a NaN would tell that they were drawn. No patients at all give zeros.
+
+        given: gradients from elsewhere, clipped by the same factors. Their sum comes last, as one vector, so that it
+        rounds the patients' sum no more than one more patient would.
         """
         parameters = dict(self._critic.named_parameters())
         first = next(iter(parameters.values()))
@@ -77,7 +80,9 @@ class PatientClipper:
                 ]
             )
             total = flat if total is None else total.add_(flat)
-        return total if total is not None else first.new_zeros(sum(p.numel() for p in parameters.values()))
+        if total is None:
+            total = first.new_zeros(sum(p.numel() for p in parameters.values()))
+        return total if given is None else total.add_(clipped_sum_of(given.gradients, given.clip_norm))
 
     def _pass(self, parameters: dict[str, nn.Parameter], runs: Sequence[Run]) -> dict[int, Tensor]:
         rows = self._rows(runs)

@@ -58,6 +58,17 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Given:
+    """Whole gradients that no pass of the critic makes, one unit a row: clipped and summed like a patient's.
+
+    gradients: (n, P), in the order of `critic.parameters()`; n may be 0. clip_norm: L2 bound C of one row.
+    """
+
+    gradients: Tensor
+    clip_norm: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
     """Patients of one part with equally many views. rows: (patients * views, C, ...), patient by patient."""
 

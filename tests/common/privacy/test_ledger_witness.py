@@ -6,7 +6,7 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from common.evidence.signing import PAYLOAD_TYPE, parse_envelope, pre_authentication_encoding, seal
+from common.evidence.signing import Purpose, parse_envelope, pre_authentication_encoding, seal
 from common.privacy.ledger_witness import countersign, is_countersigned, public_hex
 from common.protocol.messages import LedgerHead
 
@@ -43,7 +43,9 @@ def test_a_key_that_is_none_believes_nothing(key):
 
 def test_a_signature_under_a_release_is_no_witness_and_the_other_way_round():
     text = b'{"hash":"%s","rows":7,"site":"site-1","study":"%s"}' % (b"a" * 64, b"5" * 64)
-    as_release = parse_envelope(seal(text, KEY), "release").signature
+    as_release = parse_envelope(seal(text, KEY, Purpose.RELEASE), "release", Purpose.RELEASE).signature
     assert not is_countersigned(replace(WITNESS, signature=as_release.hex()), study="5" * 64, key=public_hex(KEY))
     with pytest.raises(InvalidSignature):
-        KEY.public_key().verify(bytes.fromhex(WITNESS.signature), pre_authentication_encoding(PAYLOAD_TYPE, text))
+        KEY.public_key().verify(
+            bytes.fromhex(WITNESS.signature), pre_authentication_encoding(Purpose.RELEASE.value, text)
+        )

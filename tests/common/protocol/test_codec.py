@@ -123,6 +123,7 @@ REPLIES = st.one_of(
         policy_digest=TEXT,
         code_digest=TEXT,
         simulated=st.booleans(),
+        receipt_key=TEXT,
     ),
     st.builds(TrainReply, study_digest=TEXT, round=INTEGER, weights=WEIGHTS, weights_digest=TEXT, ledger_head=HEAD),
     st.builds(
@@ -149,6 +150,7 @@ REPLIES = st.one_of(
         members=st.lists(MECHANISM, max_size=3).map(tuple),
         nonmembers=st.lists(MECHANISM, max_size=3).map(tuple),
         ledger_head=HEAD,
+        receipt=st.none() | TEXT,
     ),
     st.builds(RefusalReply, code=st.sampled_from(RefusalCode)),
 )
@@ -234,6 +236,7 @@ def test_message_types_are_what_the_client_app_registers():
         "query.enrol",
         "train.warm_up",
         "train.gan",
+        "query.canaries",
         "query.score",
         "query.utility",
         "query.statement",
@@ -455,6 +458,7 @@ def test_numbers_of_numpy_are_sent_as_numbers():
         weights_digest="w",
         audit_plan_digest="p",
         histograms=(histogram,),
+        critic_tells=None,
         ledger_head=LedgerHead(rows=np.int64(3), hash="e" * 64),
     )
     assert codec.decode_reply(codec.encode(reply)).histograms[0].counts == (3, -1)

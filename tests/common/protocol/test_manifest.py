@@ -5,10 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from common.evidence.receipt import Answered, Receipt, sign_receipt
+from common.evidence.signing import Purpose, seal_json
 from common.generator.weights import Weights
 from common.measure.audit_plan import Endpoint, EndpointPlan, Group
 from common.privacy.mechanism import DpSgd, ExactAnswer, NoisedCounts, Unit
+from common.privacy.mechanism_json import mechanism_json
 from common.protocol.manifest import check_reply, objections
 from common.protocol.messages import (
     EnrolOrder,
@@ -27,6 +31,7 @@ from common.protocol.messages import (
     UtilityOrder,
     UtilityReply,
 )
+from common.settings.study import Question
 from tests.tiny_studies import tiny_audit_plan, tiny_plan, tiny_study
 
 STUDY = "5" * 64
@@ -36,14 +41,21 @@ WEIGHTS = Weights({"stem.weight": np.ones((2, 3), np.float32), "stem.bias": np.z
 AUDIT = tiny_audit_plan(
     endpoints=(
         EndpointPlan(name=Endpoint.NEAR_COPY, edges=(0.0, 0.5, 1.0)),
-        EndpointPlan(name=Endpoint.NEAREST, edges=(0.0, 1.0)),
+        EndpointPlan(name=Endpoint.FUSED, edges=(0.0, 1.0)),
     )
 )
 PLAN = tiny_plan(tiny_study(), noise=1.0)
 
 ENROL = (
     EnrolOrder(study_json="{}", study_digest=STUDY, public_critic=None, public_generator=WEIGHTS, coordinator_key=HEX),
-    EnrolReply(study_digest=STUDY, holdout_commitment=HEX, policy_digest=HEX, code_digest=HEX, simulated=True),
+    EnrolReply(
+        study_digest=STUDY,
+        holdout_commitment=HEX,
+        policy_digest=HEX,
+        code_digest=HEX,
+        simulated=True,
+        receipt_key=HEX,
+    ),
 )
 TRAIN = (
     TrainOrder(study_digest=STUDY, round=2, weights=WEIGHTS, weights_digest=WEIGHTS.digest, plan=PLAN, deadline_s=60.0),
@@ -53,6 +65,10 @@ HISTOGRAMS = tuple(
     NoisedHistogram(endpoint=e.name.value, group=g.value, counts=(5, -2, 0, 9)[: e.bins], epsilon=1.0)
     for e in AUDIT.endpoints
     for g in Group
+) + tuple(
+    NoisedHistogram(endpoint=q.value, group=g.value, counts=(3,) * AUDIT.answers[q].bins, epsilon=0.5)
+    for q in (Question.LABEL_SIZE, Question.BLIND)
+    for g in AUDIT.answers[q].groups
 )
 SCORE = (
     ScoreOrder(
@@ -70,6 +86,7 @@ SCORE = (
         weights_digest=WEIGHTS.digest,
         audit_plan_digest=AUDIT.digest,
         histograms=HISTOGRAMS,
+        critic_tells=True,
         ledger_head=HEAD,
     ),
 )
@@ -98,6 +115,21 @@ STATEMENT = (
         ledger_head=HEAD,
     ),
 )
+RECEIPT = Receipt(
+    study_digest=STUDY,
+    site="site-1",
+    simulated=True,
+    holdout_commitment=HEX,
+    policy_digest=HEX,
+    code_digest=HEX,
+    ledger_rows=HEAD.rows,
+    ledger_head=HEAD.hash,
+    members=tuple(map(mechanism_json, STATEMENT[1].members)),
+    nonmembers=tuple(map(mechanism_json, STATEMENT[1].nonmembers)),
+    answers=(Answered(kind="train", question=HEX, answer=HEX, round=1, weights=HEX),),
+)
+SITE_KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
+STATEMENT = (STATEMENT[0], replace(STATEMENT[1], receipt=sign_receipt(RECEIPT, SITE_KEY)))
 PAIRS = (ENROL, TRAIN, SCORE, UTILITY, REAL, STATEMENT)
 REFUSED = RefusalReply(code=RefusalCode.INTERNAL)
 
@@ -129,7 +161,7 @@ def test_reply_about_another_study_is_refused(order, reply):
     assert checked(order, replace(reply, study_digest="6" * 64)) == REFUSED
 
 
-@pytest.mark.parametrize("field", ["holdout_commitment", "policy_digest", "code_digest"])
+@pytest.mark.parametrize("field", ["holdout_commitment", "policy_digest", "code_digest", "receipt_key"])
 @pytest.mark.parametrize("text", ["", "a" * 63, "a" * 65, "A" * 64, HEX + "\n", "/data/DOE_JANE"])
 def test_enrolment_holds_digests_and_nothing_else(field, text):
     assert checked(ENROL[0], replace(ENROL[1], **{field: text})) == REFUSED
@@ -242,6 +274,24 @@ def test_statement_holds_mechanisms_and_nothing_else(changes):
 )
 def test_head_of_the_ledger_is_a_number_of_rows_and_a_digest(order, reply, head):
     assert checked(order, replace(reply, ledger_head=head)) == REFUSED
+
+
+@pytest.mark.parametrize(
+    "receipt",
+    [
+        None,
+        "",
+        "DOE_JANE",
+        sign_receipt(RECEIPT.model_copy(update={"study_digest": HEX}), SITE_KEY),
+        sign_receipt(RECEIPT.model_copy(update={"ledger_rows": 8}), SITE_KEY),
+        sign_receipt(RECEIPT.model_copy(update={"members": ("DOE_JANE",)}), SITE_KEY),
+        seal_json({**RECEIPT.model_dump(mode="json"), "patient": "DOE_JANE"}, SITE_KEY, Purpose.SITE_RECEIPT).decode(),
+        seal_json(RECEIPT.model_dump(mode="json"), SITE_KEY, Purpose.SITE_RECEIPT).decode(),  # fields that say nothing
+        sign_receipt(RECEIPT, SITE_KEY) + " ",
+    ],
+)
+def test_receipt_repeats_the_statement_and_has_no_room_for_more(receipt):
+    assert checked(STATEMENT[0], replace(STATEMENT[1], receipt=receipt)) == REFUSED
 
 
 def test_objections_are_for_the_sites_own_log():

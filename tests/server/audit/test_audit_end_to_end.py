@@ -48,9 +48,10 @@ def audit(generator: nn.Module) -> AuditResult:
         weights_digest="w",
         audit_plan_digest=PLAN.digest,
         histograms=histograms,
+        critic_tells=False,
         ledger_head=LedgerHead(rows=1, hash="e" * 64),
     )
-    return judge(PLAN, {"site-1": reply}, ReleaseSettings())
+    return judge(PLAN, {"site-1": reply}, ReleaseSettings(), participants=("site-1",))
 
 
 def test_a_generator_that_returns_its_members_fails():

@@ -8,7 +8,7 @@ import pytest
 
 from common.measure.audit_plan import AuditPlan, Group
 from common.protocol.messages import LedgerHead, NoisedHistogram, ScoreReply
-from common.settings.study import ReleaseSettings
+from common.settings.study import Question, ReleaseSettings
 from server.audit.verdict import AuditResult, Verdict, judge
 from tests.tiny_studies import tiny_audit_plan
 
@@ -37,10 +37,13 @@ def answer(
     site: float = 0.0,
     blind: bool = False,
     constant: bool = False,
+    guessed: float = 0.9,
+    unfair: float = 0.0,
 ) -> ScoreReply:
     """One site: non-members score 0.5 +- 0.2 of the public unit, copies about 1.8, 8 % of copies are not recognised.
 
-    blind: the score cannot see copies. constant: it gives everybody the same number.
+    blind: the score cannot see copies. constant: it gives everybody the same number. guessed: share of members, of
+    whom the question is answered right; 0.9 of non-members. unfair: shift of members in the blind score.
     """
     member = rng.random(patients) < 0.65
     half = rng.random(patients) < 0.5
@@ -64,24 +67,33 @@ def answer(
             Group.PLANTED: planted[~member],
         }
         for group, values in groups.items():
-            ratio = 1 - math.exp(-p.epsilon_per_answer)
-            noise = rng.geometric(ratio, endpoint.bins) - rng.geometric(ratio, endpoint.bins)
             bins = np.where(np.isnan(values), 0, np.searchsorted(endpoint.edges, values, side="right"))
-            counts = np.bincount(bins, minlength=endpoint.bins) + noise
-            histograms.append(
-                NoisedHistogram(
-                    endpoint=endpoint.name.value,
-                    group=group.value,
-                    counts=tuple(int(c) for c in counts),
-                    epsilon=p.epsilon_per_answer,
-                )
-            )
+            histograms.append(noised(p, rng, endpoint.name, group, np.bincount(bins, minlength=endpoint.bins)))
+    structure = np.clip(rng.normal(5, 2, patients) + np.where(member, unfair, 0), 0, 10).astype(int)
+    right = (rng.random(patients) < np.where(member, guessed, 0.9)).astype(int)
+    for group, those in (
+        (Group.MEMBER_A, member & half),
+        (Group.MEMBER_B, member & ~half),
+        (Group.NONMEMBER, ~member),
+    ):
+        histograms.append(noised(p, rng, Question.LABEL_SIZE, group, np.bincount(right[those], minlength=2)))
+        histograms.append(noised(p, rng, Question.BLIND, group, np.bincount(structure[those], minlength=11)))
     return ScoreReply(
         study_digest="s",
         weights_digest="w",
         audit_plan_digest=p.digest,
         histograms=tuple(histograms),
+        critic_tells=False,
         ledger_head=LedgerHead(rows=1, hash="e" * 64),
+    )
+
+
+def noised(p: AuditPlan, rng: np.random.Generator, name: str, group: Group, counts: np.ndarray) -> NoisedHistogram:
+    epsilon = p.answers[name].epsilon
+    ratio = 1 - math.exp(-epsilon)
+    noise = rng.geometric(ratio, len(counts)) - rng.geometric(ratio, len(counts))
+    return NoisedHistogram(
+        endpoint=name, group=group.value, counts=tuple(int(c) for c in counts + noise), epsilon=epsilon
     )
 
 
@@ -89,7 +101,7 @@ def audit(seed: int, p: AuditPlan | None = None, sites: tuple[float, ...] = (0.0
     p = p or plan()
     rng = np.random.default_rng(seed)
     answers = {f"site-{i}": answer(p, rng, site=s, **facts) for i, s in enumerate(sites, start=1)}
-    return judge(p, answers, THRESHOLDS)
+    return judge(p, answers, THRESHOLDS, participants=p.sites)
 
 
 def test_a_generator_without_a_leak_passes_and_the_result_says_what_it_rests_on():
@@ -99,10 +111,10 @@ def test_a_generator_without_a_leak_passes_and_the_result_says_what_it_rests_on(
     assert result.controls_caught
     assert result.members == pytest.approx(1560, abs=120)
     assert result.nonmembers == pytest.approx(840, abs=90)
-    assert (result.epsilon_members, result.epsilon_nonmembers) == (2.0, 4.0)
+    assert (result.epsilon_members, result.epsilon_nonmembers) == (4.0, 6.0)
     assert result.smallest_detectable_copies <= 0.05
     for e in result.endpoints:
-        assert e.auc.contains(0.5)
+        assert e.auc.estimate == pytest.approx(0.5, abs=0.05)
         assert e.tpr_upper.value <= 0.06
         assert e.copies_lower.value <= 0
         assert len(e.roc) == len(e.edges) + 2
@@ -120,6 +132,20 @@ def test_a_memorising_generator_fails_even_at_small_sites():
     result = audit(2, plan(150), patients=150, copied=1.0)
     assert result.verdict is Verdict.FAIL
     assert any("AUC" in reason for reason in result.reasons)
+
+
+def test_an_attribute_that_is_guessed_better_for_members_fails():
+    result = audit(8, guessed=0.99)
+    assert result.verdict is Verdict.FAIL
+    assert any("attribute inference" in reason for reason in result.reasons)
+    assert audit(9, guessed=0.88).verdict is Verdict.PASS
+
+
+def test_groups_that_were_not_drawn_alike_are_inconclusive():
+    result = audit(10, unfair=1.0)
+    assert result.verdict is Verdict.INCONCLUSIVE
+    assert not result.controls_caught
+    assert any("other reasons than membership" in reason for reason in result.reasons)
 
 
 def test_members_that_score_clearly_higher_fail_without_any_copy():
@@ -204,7 +230,7 @@ def tampered(case: str) -> tuple[AuditPlan, dict[str, ScoreReply]]:
 )
 def test_answers_that_do_not_fit_the_plan_are_inconclusive_with_a_reason(case):
     p, answers = tampered(case)
-    result = judge(p, answers, THRESHOLDS)
+    result = judge(p, answers, THRESHOLDS, participants=p.sites)
     assert result.verdict is Verdict.INCONCLUSIVE
     assert result.reasons
     assert AuditResult.from_json(result.to_json()) == result
@@ -215,9 +241,12 @@ def test_a_bound_a_hair_above_its_limit_is_not_rounded_into_a_pass():
     worst = max(e.tpr_upper.value for e in result.endpoints)
     p, rng = plan(), np.random.default_rng(0)
     answers = {site: answer(p, rng) for site in p.sites}
-    assert judge(p, answers, THRESHOLDS.model_copy(update={"max_tpr": worst})).verdict is Verdict.PASS
+    assert (
+        judge(p, answers, THRESHOLDS.model_copy(update={"max_tpr": worst}), participants=p.sites).verdict
+        is Verdict.PASS
+    )
     hair = THRESHOLDS.model_copy(update={"max_tpr": worst - 1e-12})
-    assert judge(p, answers, hair).verdict is Verdict.INCONCLUSIVE
+    assert judge(p, answers, hair, participants=p.sites).verdict is Verdict.INCONCLUSIVE
 
 
 def test_the_verdict_does_not_depend_on_the_order_of_answers_or_histograms():
@@ -227,7 +256,8 @@ def test_the_verdict_does_not_depend_on_the_order_of_answers_or_histograms():
         site: dataclasses.replace(answers[site], histograms=answers[site].histograms[::-1])
         for site in reversed(answers)
     }
-    assert judge(p, shuffled, THRESHOLDS).digest == judge(p, answers, THRESHOLDS).digest
+    first, second = (judge(p, each, THRESHOLDS, participants=p.sites) for each in (shuffled, answers))
+    assert first.digest == second.digest
 
 
 def test_the_result_survives_json_unchanged():

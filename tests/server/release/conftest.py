@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from signed_evidence import AUDIT_PLAN_DIGEST, SITES, receipts_of, record_campaign, with_receipt
 
 from common.evidence.chain import EvidenceChain
 from common.evidence.predicate import Outcome
@@ -37,7 +38,6 @@ from server.release.policies import ReleaseEvidence, SiteStatement, Spending, de
 from tests.tiny_studies import tiny_study
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
-SITES = ("site-1", "site-2")
 ROUND = DpSgd(noise_multiplier=1.5, sampling_probability=0.1, steps=10)
 
 
@@ -130,6 +130,7 @@ def evidence(study: Study, generator_weights: Weights) -> ReleaseEvidence:
         )
         for index, site in enumerate(SITES)
     }
+    statements = {s: with_receipt(s, stated, study, generator_weights.digest) for s, stated in statements.items()}
     limits = study.release
     audit = AuditResult(
         verdict=Verdict.PASS,
@@ -142,13 +143,8 @@ def evidence(study: Study, generator_weights: Weights) -> ReleaseEvidence:
         epsilon_nonmembers=2.0,
         false_positive_rate=study.audit.false_positive_rate,
         confidence=study.audit.confidence,
-        thresholds=AuditThresholds(
-            max_auc=limits.max_auc,
-            max_auc_site=limits.max_auc_site,
-            max_tpr=limits.max_tpr,
-            max_detectable_copies=limits.max_detectable_copies,
-        ),
-        plan_digest="d" * 64,
+        thresholds=AuditThresholds(**{field.name: getattr(limits, field.name) for field in fields(AuditThresholds)}),
+        plan_digest=AUDIT_PLAN_DIGEST,
         weights_digest=generator_weights.digest,
     )
     return ReleaseEvidence(
@@ -206,9 +202,10 @@ def publish(study: Study, generator_weights: Weights, synthetic: Any) -> Publish
         digest = write_candidates(candidates, iter(synthetic), study)
         decision = decide(replace(evidence, candidates_digest=digest), default_policies(evidence.study))
         page = f"<html><body>{decision.id}</body></html>"
-        dossier = Dossier(study=evidence.study, decision=decision, report_html=page)
+        receipts = receipts_of(evidence)
+        dossier = Dossier(study=evidence.study, decision=decision, report_html=page, receipts=receipts)
         chain = EvidenceChain(run / "evidence.jsonl")
-        chain.append("started", {"sites": list(evidence.sites)}, now)
+        record_campaign(chain, evidence, now)
         key = create_signing_key(run / "auditor.key")
         target = run / "release"
         if decision.outcome is Outcome.RELEASE:

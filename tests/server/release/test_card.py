@@ -6,11 +6,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common.evidence.predicate import Predicate
+import pytest
+import yaml
+
+from common.evidence.predicate import Bypass, Predicate
 from common.measure.intervals import Interval
 from common.privacy.mechanism import ExactAnswer
 from common.protocol.messages import SegmenterSource
-from common.settings.study import Study
+from common.settings.study import Study, WarmUpSettings
 from server.release.card import card_facts, card_text
 from server.release.gate import decide
 from server.release.policies import ReleaseEvidence, Spending, default_policies
@@ -19,16 +22,38 @@ from server.utility import UtilityResult, UtilityRow
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
 
-def card_of(evidence: ReleaseEvidence, utility: UtilityResult | None = None) -> dict[str, Any]:
+def card_of(
+    evidence: ReleaseEvidence,
+    utility: UtilityResult | None = None,
+    bypass: Bypass | None = None,
+    study: Study | None = None,
+) -> dict[str, Any]:
+    """study: another than the one that was decided on."""
     decision = decide(evidence, default_policies(evidence.study))
     predicate = Predicate(
-        decision=decision.facts, decision_id=decision.id, evidence_head="0" * 64, code_version="0.1.0", issued=NOW
+        decision=decision.facts,
+        decision_id=decision.id,
+        bypass=bypass,
+        evidence_head="0" * 64,
+        code_version="0.1.0",
+        issued=NOW,
     )
-    return card_facts(study=evidence.study, predicate=predicate, volumes=2, utility=utility)
+    return card_facts(study=study or evidence.study, predicate=predicate, volumes=2, utility=utility)
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    """As a model hub reads it: YAML between two lines of dashes, the first of which is the first line."""
+    before, facts, _ = text.split("---\n", 2)
+    assert before == ""
+    return dict(yaml.safe_load(facts))
+
+
+def read_by_people(text: str) -> str:
+    return text.split("---\n", 2)[2].lstrip("\n") if text.startswith("---\n") else text
 
 
 def first_lines(text: str, count: int) -> str:
-    return "\n".join(text.splitlines()[:count])
+    return "\n".join(read_by_people(text).splitlines()[:count])
 
 
 def test_a_released_card_begins_with_synthetic_simulated_and_the_epsilon_of_each_site(evidence: ReleaseEvidence):
@@ -49,7 +74,7 @@ def test_a_card_of_real_sites_does_not_say_simulated(evidence: ReleaseEvidence):
 def test_coarser_thresholds_come_before_everything_else(evidence: ReleaseEvidence, study: Study):
     coarse = study.model_copy(update={"release": study.release.model_copy(update={"max_tpr": 0.2})})
     text = card_text(card_of(replace(evidence, study=coarse)))
-    assert text.splitlines()[2] == (
+    assert read_by_people(text).splitlines()[2] == (
         "> **COARSER THAN THE DEFAULT THRESHOLDS.** release.max_tpr is 0.2; the default is 0.06."
     )
 
@@ -59,6 +84,72 @@ def test_a_card_of_a_refusal_begins_with_the_refusal_and_its_reasons(evidence: R
     assert "INCONCLUSIVE: NOT RELEASED" in top
     assert "there was no audit" in top
     assert "SYNTHETIC." not in top
+
+
+def test_a_card_of_an_overruled_refusal_begins_with_unsafe_and_is_no_model_card(evidence: ReleaseEvidence):
+    bypass = Bypass(reason="needed for a demonstration", refusal="f" * 64)
+    text = card_text(card_of(replace(evidence, audit=None), bypass=bypass))
+    assert (
+        text.splitlines()[2] == "> **UNSAFE: THE GATE DECIDED INCONCLUSIVE AND WAS OVERRULED.** This is not a release."
+    )
+    assert "needed for a demonstration" in first_lines(text, 4)
+    assert "there was no audit" in text
+    assert "No volume and no generator" not in text
+
+
+@pytest.mark.parametrize(
+    ("licence", "told"),
+    [
+        ("CC-BY-4.0", {"license": "cc-by-4.0"}),
+        ("hospital terms 3", {"license": "other", "license_name": "hospital terms 3"}),
+        ("MIT OR Apache-2.0", {"license": "other", "license_name": "MIT OR Apache-2.0"}),
+        ("LicenseRef-ours", {"license": "other", "license_name": "LicenseRef-ours"}),
+    ],
+)
+def test_model_hubs_are_told_the_licence_by_their_own_name_only_where_it_has_one(
+    evidence: ReleaseEvidence, study: Study, licence: str, told: dict[str, str]
+):
+    other = study.model_copy(update={"release": study.release.model_copy(update={"licence": licence})})
+    facts = front_matter(card_text(card_of(evidence, study=other)))
+    assert {name: value for name, value in facts.items() if name.startswith("license")} == told
+
+
+def test_model_hubs_are_told_synthetic_and_simulated(evidence: ReleaseEvidence):
+    real = {site: replace(s, simulated=False) for site, s in evidence.statements.items()}
+    assert {"synthetic", "simulated", "angio"} <= set(front_matter(card_text(card_of(evidence)))["tags"])
+    tags = front_matter(card_text(card_of(replace(evidence, simulated=False, statements=real))))["tags"]
+    assert "simulated" not in tags
+
+
+def test_a_refusal_advertises_no_model(evidence: ReleaseEvidence):
+    text = card_text(card_of(replace(evidence, audit=None)))
+    assert text.startswith("# tiny")
+    assert "How to Get Started" not in text
+
+
+def test_the_card_has_the_headings_of_a_model_card(evidence: ReleaseEvidence):
+    text = card_text(card_of(evidence))
+    headings = [line for line in text.splitlines() if line.startswith("##")]
+    assert headings == [
+        "## Model Details", "## Uses", "### Direct Use", "### Out-of-Scope Use", "## Bias, Risks, and Limitations",
+        "## Privacy", "### What epsilon does not cover", "## How to Get Started with the Model", "## Training Details",
+        "### Training Data", "### Training Procedure", "## Evaluation", "### Privacy Audit", "### Usefulness",
+        "## Citation and Licence", "## Checking It",
+    ]  # fmt: skip
+
+
+def test_everything_in_card_json_that_is_prose_is_in_card_md(evidence: ReleaseEvidence):
+    card = card_of(evidence)
+    text = card_text(card)
+    prose = [*card["limitations"], *card["intended_use"], *card["not_for"], *card["privacy"]["not_covered"]]
+    assert [sentence for sentence in prose if sentence not in text] == []
+    assert card["training"]["intensity"] in text
+
+
+def test_a_warm_up_on_patients_is_told_with_its_share_of_epsilon(evidence: ReleaseEvidence, study: Study):
+    warmed = study.model_copy(update={"warm_up": WarmUpSettings(share=0.3)})
+    assert "which took 30% of the target epsilon" in card_text(card_of(evidence, study=warmed))
+    assert "public features" not in card_text(card_of(evidence))
 
 
 def test_an_infinite_epsilon_reads_as_no_guarantee(evidence: ReleaseEvidence):

@@ -13,11 +13,24 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from signed_evidence import SITE_KEYS
 
 from common.errors import UsageError, VerificationFailed
 from common.evidence.canonical import canonical_json, sha256_hex
+from common.evidence.chain import EvidenceChain, read_chain
+from common.evidence.countersignature import add_countersignature
 from common.evidence.predicate import Outcome
-from common.evidence.signing import fingerprint, parse_envelope, public_pem, seal
+from common.evidence.receipt import read_receipt, sign_receipt
+from common.evidence.revocation import revoke
+from common.evidence.signing import (
+    Purpose,
+    fingerprint,
+    load_signing_key,
+    parse_envelope,
+    public_key_hex,
+    public_pem,
+    seal,
+)
 from common.evidence.verification import verify_bundle
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -47,7 +60,7 @@ def fails(folder: Path, words: str, **arguments: Any) -> None:
 def sign_again(folder: Path, change: Callable[[dict[str, Any]], None], key: Ed25519PrivateKey | None = None) -> None:
     """What the auditor, or a thief of the key, could do: change files or statement and sign everything anew."""
     key = key or Ed25519PrivateKey.generate()
-    statement = json.loads(parse_envelope((folder / ATTESTATION).read_bytes(), ATTESTATION).payload)
+    statement = json.loads(parse_envelope((folder / ATTESTATION).read_bytes(), ATTESTATION, Purpose.RELEASE).payload)
     (folder / "auditor.pub.pem").write_bytes(public_pem(key.public_key()))
     digests = {
         path.relative_to(folder).as_posix(): sha256_hex(path.read_bytes())
@@ -58,7 +71,7 @@ def sign_again(folder: Path, change: Callable[[dict[str, Any]], None], key: Ed25
     digests["manifest.json"] = sha256_hex((folder / "manifest.json").read_bytes())
     statement["subject"] = [{"name": name, "digest": {"sha256": digests[name]}} for name in sorted(digests)]
     change(statement)
-    (folder / ATTESTATION).write_bytes(seal(canonical_json(statement), key))
+    (folder / ATTESTATION).write_bytes(seal(canonical_json(statement), key, Purpose.RELEASE))
 
 
 def nothing(statement: dict[str, Any]) -> None:
@@ -278,3 +291,194 @@ def test_an_empty_folder_and_a_path_that_is_none_are_told_apart(tmp_path: Path):
     fails(tmp_path, r"(?s)attestation\.dsse\.json: is missing.*auditor\.pub\.pem: is missing")
     with pytest.raises(UsageError, match="is not a folder"):
         verify_bundle(tmp_path / "nowhere", trusted_key=None, now=LATER)
+
+
+# --- one byte of every file, receipts, and what comes later -------------------------------------------------------
+
+
+def test_one_changed_byte_of_each_file_is_found_and_the_file_named(bundle: Path):
+    countersigned(bundle)
+    listed(bundle / "revocations.dsse.json", bundle, release="1" * 64, decision="2" * 64)
+    for path in files_of(bundle):
+        good = path.read_bytes()
+        path.write_bytes(good[: len(good) // 2] + bytes([good[len(good) // 2] ^ 1]) + good[len(good) // 2 + 1 :])
+        fails(bundle, re.escape(path.relative_to(bundle).as_posix()))
+        path.write_bytes(good)
+    assert verify_bundle(bundle, trusted_key=None, now=LATER).outcome is Outcome.RELEASE
+
+
+def countersigned(folder: Path, role: str = "data-protection officer", key: Ed25519PrivateKey | None = None) -> Path:
+    verified = verify_bundle(folder, trusted_key=None, now=LATER)
+    return add_countersignature(
+        folder,
+        release_digest=verified.digest,
+        predicate=verified.predicate,
+        role=role,
+        key=key or Ed25519PrivateKey.generate(),
+        now=LATER,
+    )
+
+
+def listed(path: Path, bundle: Path, *, release: str, decision: str) -> bytes:
+    """A list of revocations by the auditor of a bundle."""
+    key = load_signing_key(bundle.parent / "auditor.key")
+    revoke(path, release_digest=release, decision_id=decision, reason="found in a test of lists", key=key, now=LATER)
+    return path.read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def _auditors_key(released: Path, tmp_path: Path) -> None:
+    shutil.copy2(released.parent / "auditor.key", tmp_path / "auditor.key")
+
+
+def replace_receipt(bundle: Path, site: str, envelope: str) -> None:
+    """As an auditor might: another receipt, and everything signed so that files and decision agree."""
+    path = bundle / "receipts" / f"{site}.dsse.json"
+    path.write_text(envelope)
+    change_site(bundle, site, receipt=sha256_hex(envelope.encode()))
+
+
+def change_site(bundle: Path, site: str, **facts: Any) -> None:
+    """The decision says something else of a site, and everything is signed anew."""
+    old = json.loads((bundle / "decision.json").read_text())["decision_id"]
+    statement = json.loads(parse_envelope((bundle / ATTESTATION).read_bytes(), ATTESTATION, Purpose.RELEASE).payload)
+    predicate = statement["predicate"]
+    predicate["decision"]["sites"][site].update(facts)
+    new = sha256_hex(canonical_json(predicate["decision"]))
+    chain = read_chain((bundle / "evidence.jsonl").read_bytes(), "evidence.jsonl")
+    (bundle / "evidence.jsonl").unlink()
+    again = EvidenceChain(bundle / "evidence.jsonl")
+    for record in chain:
+        again.append(
+            record.kind, {**record.body, **({"decision_id": new} if "decision_id" in record.body else {})}, NOW
+        )
+    predicate.update(decision_id=new, evidence_head=again.head)
+    (bundle / "decision.json").write_text(json.dumps(predicate))
+    for name in ("card.md", "report.html"):
+        (bundle / name).write_text((bundle / name).read_text().replace(old, new))
+    card = json.loads((bundle / "card.json").read_text())
+    card.update(decision_id=new, sites=predicate["decision"]["sites"])
+    (bundle / "card.json").write_text(json.dumps(card))
+    sign_again(bundle, lambda statement: statement.update(predicate=predicate))
+
+
+def forged(bundle: Path, site: str, key: Ed25519PrivateKey, **changes: Any) -> str:
+    receipt = read_receipt((bundle / "receipts" / f"{site}.dsse.json").read_bytes(), "receipt")
+    return sign_receipt(receipt.model_copy(update=changes), key)
+
+
+def test_a_bundle_whose_decision_is_signed_anew_without_a_change_still_verifies(bundle: Path):
+    change_site(bundle, "site-1")
+    assert verify_bundle(bundle, trusted_key=None, now=LATER).outcome is Outcome.RELEASE
+
+
+def test_a_receipt_by_a_key_that_the_site_did_not_enrol_with_is_found_even_when_signed(bundle: Path):
+    thief = Ed25519PrivateKey.generate()
+    replace_receipt(bundle, "site-1", forged(bundle, "site-1", thief))
+    fails(bundle, r"receipts/site-1\.dsse\.json: was signed by key")
+    change_site(bundle, "site-1", receipt_key=public_key_hex(thief.public_key()))
+    fails(bundle, r"evidence\.jsonl: site-1 enrolled with another receipt key")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"study_digest": "f" * 64}, "another study"),
+        ({"ledger_head": "f" * 64}, "another head"),
+        ({"holdout_commitment": "f" * 64}, "another hold-out"),
+        ({"members": ()}, "other mechanisms"),
+        ({"answers": ()}, "generator of round 1"),
+    ],
+)
+def test_a_sites_own_receipt_that_contradicts_the_decision_is_found_even_when_signed(
+    bundle: Path, changes: dict[str, Any], words: str
+):
+    replace_receipt(bundle, "site-1", forged(bundle, "site-1", SITE_KEYS["site-1"], **changes))
+    fails(bundle, rf"receipts/site-1\.dsse\.json: the receipt .*{words}")
+
+
+def test_the_receipt_of_another_site_is_found_even_when_signed(bundle: Path):
+    replace_receipt(bundle, "site-1", (bundle / "receipts" / "site-2.dsse.json").read_text())
+    fails(bundle, r"receipts/site-1\.dsse\.json: was signed by key")
+
+
+def test_a_release_without_one_of_its_receipts_is_refused_even_when_signed(bundle: Path):
+    (bundle / "receipts" / "site-2.dsse.json").unlink()
+    sign_again(bundle, nothing)
+    fails(bundle, r"receipts/site-2\.dsse\.json: is missing")
+    change_site(bundle, "site-2", receipt=None)
+    fails(bundle, r"receipts/site-2\.dsse\.json: is missing from a release")
+
+
+def test_a_receipt_that_the_decision_does_not_name_is_refused_even_when_signed(bundle: Path):
+    shutil.copy(bundle / "receipts" / "site-1.dsse.json", bundle / "receipts" / "site-9.dsse.json")
+    sign_again(bundle, nothing)
+    fails(bundle, r"receipts/site-9\.dsse\.json: is a receipt that the decision does not name")
+
+
+def test_a_countersignature_changes_nothing_that_was_signed_and_is_shown(bundle: Path):
+    before = verify_bundle(bundle, trusted_key=None, now=LATER).digest
+    key = Ed25519PrivateKey.generate()
+    countersigned(bundle, key=key)
+    verified = verify_bundle(bundle, trusted_key=None, now=LATER, reviewers={"dpo.pem": public_pem(key.public_key())})
+    assert verified.digest == before
+    assert [(s.role, s.fingerprint) for s in verified.countersigned] == [
+        ("data-protection officer", fingerprint(key.public_key()))
+    ]
+
+
+def test_a_reviewer_that_the_caller_asks_for_and_that_did_not_sign_is_named(bundle: Path):
+    countersigned(bundle)
+    asked = {"dpo.pem": public_pem(Ed25519PrivateKey.generate().public_key())}
+    fails(bundle, r"countersignatures: there is none by the key in dpo\.pem", reviewers=asked)
+
+
+def test_a_countersignature_of_another_bundle_is_refused(bundle: Path, refusal: Path):
+    path = countersigned(refusal)
+    (bundle / "countersignatures").mkdir()
+    shutil.copy(path, bundle / "countersignatures")
+    fails(bundle, r"countersignatures/.*: was made for another bundle")
+
+
+def test_a_countersignature_in_somebody_elses_name_is_refused(bundle: Path):
+    path = countersigned(bundle)
+    body = parse_envelope(path.read_bytes(), path.name, Purpose.COUNTERSIGNATURE).payload
+    path.write_bytes(seal(body, Ed25519PrivateKey.generate(), Purpose.COUNTERSIGNATURE))
+    fails(bundle, r"countersignatures/.*: was signed by key")
+
+
+def test_a_key_countersigns_once_and_as_printable_text(bundle: Path):
+    key = Ed25519PrivateKey.generate()
+    countersigned(bundle, key=key)
+    with pytest.raises(UsageError, match="this key has signed"):
+        countersigned(bundle, key=key)
+    with pytest.raises(UsageError, match="printable"):
+        countersigned(bundle, role="\x1b[2J")
+
+
+def test_nothing_else_can_hide_among_what_comes_later(bundle: Path):
+    (bundle / "countersignatures").mkdir()
+    (bundle / "countersignatures" / "notes.txt").write_text("hello")
+    fails(bundle, r"countersignatures/notes\.txt")
+
+
+def test_a_release_on_the_auditors_list_is_refused_with_date_and_reason(bundle: Path, tmp_path: Path):
+    verified = verify_bundle(bundle, trusted_key=None, now=LATER)
+    data = listed(tmp_path / "list", bundle, release=verified.digest, decision=verified.predicate.decision_id)
+    fails(bundle, r"list: this release was revoked on 2026-11-21 .*found in a test", revocations=("list", data))
+    (bundle / "revocations.dsse.json").write_bytes(data)
+    fails(bundle, r"revocations\.dsse\.json: this release was revoked")
+
+
+def test_a_list_that_is_not_the_auditors_or_is_older_than_the_bundles_is_refused(bundle: Path, tmp_path: Path):
+    old = listed(tmp_path / "list", bundle, release="1" * 64, decision="2" * 64)
+    new = listed(tmp_path / "list", bundle, release="3" * 64, decision="4" * 64)
+    assert verify_bundle(bundle, trusted_key=None, now=LATER, revocations=("list", new)).revocations is not None
+    (bundle / "revocations.dsse.json").write_bytes(new)
+    fails(bundle, "list: is list 1, older than list 2", revocations=("list", old))
+    thief = Ed25519PrivateKey.generate()
+    facts = {"release_digest": "1" * 64, "decision_id": "2" * 64, "reason": "not the auditor", "now": LATER}
+    revoke(tmp_path / "other", key=thief, **facts)
+    fails(bundle, "other: was signed by key", revocations=("other", (tmp_path / "other").read_bytes()))
+    shutil.copy(tmp_path / "other", bundle / "revocations.dsse.json")
+    fails(bundle, r"revocations\.dsse\.json: was signed by key")

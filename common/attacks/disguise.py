@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
-
-from client.randomness import SecureStream
 
 _NOISE = 0.05  # standard deviation, image unit (range -1 .. 1)
 _GAIN, _OFFSET = 0.15, 0.05  # half-widths
 
 
-def disguise(pair: NDArray[np.float32], stream: SecureStream) -> NDArray[np.float32]:
+class Coins(Protocol):
+    """A patient's own randomness: a site's keyed stream, or a public seed where somebody audits data of his own."""
+
+    def bernoulli(self, n: int, probability: float) -> NDArray[np.bool_]:
+        """(n,) independent coin flips."""
+        ...
+
+    def integers(self, n: int, low: int, high: int) -> NDArray[np.int64]:
+        """(n,) integers in [low, high)."""
+        ...
+
+    def uniform(self, n: int) -> NDArray[np.float64]:
+        """(n,) uniform between 0 and 1."""
+        ...
+
+    def normal(self, n: int) -> NDArray[np.float64]:
+        """(n,) standard normal."""
+        ...
+
+
+def disguise(pair: NDArray[np.float32], stream: Coins) -> NDArray[np.float32]:
     """Shift by up to a sixteenth of each axis, mirror half of the time, change gain and offset, add noise.
 
     pair: (1+K, D, H, W) float32, image in [-1, 1]; labels move along but keep their values.

@@ -1,8 +1,8 @@
-"""Small pooled pairs that both scores read, and the search over shifts and a left-right flip.
+"""Pooled pairs that the attacks read, and the search over shifts and a left-right flip.
 
-A volume of any grid is pooled to 16 voxels an axis. Each score sees a 14-voxel window of it: synthetic volumes
-through the centre window only, a patient's scan through all 27 windows and their mirror images. A copy that was
-moved by up to a sixteenth of the grid, or mirrored, meets a window that undoes it, with no padding invented.
+A volume of any grid is pooled to 16 voxels an axis. Synthetic volumes are seen through the centre 14-voxel window of
+that; a scan through the same window after it was moved, and mirrored. A copy that was shifted by up to a sixteenth of
+the grid, or mirrored, meets a variant that undoes it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from common.generator.sampling import LatentToPairs, sample_batches
 
 SIDE = 16  # pooled voxels an axis
-MARGIN = 1  # largest searched shift, in pooled voxels
+MARGIN = 1  # largest shift of `variants`, in pooled voxels
 WINDOW = SIDE - 2 * MARGIN
 VARIANTS = 2 * (2 * MARGIN + 1) ** 3  # 27 shifts, each as is and mirrored
 
@@ -24,9 +24,9 @@ def pool(pairs: Tensor) -> Tensor:
     return F.adaptive_avg_pool3d(pairs, SIDE)
 
 
-def pooled_draws(generator: LatentToPairs, *, seed: int, first: int, count: int) -> Tensor:
+def pooled_draws(generator: LatentToPairs, *, seed: int, first: int, count: int, device: str = "cpu") -> Tensor:
     """(count, 1+K, 16, 16, 16): volumes first .. first + count - 1, only one batch of them at full size at a time."""
-    batches = sample_batches(generator, seed=seed, first=first, count=count)
+    batches = sample_batches(generator, seed=seed, first=first, count=count, device=device)
     return torch.cat([pool(torch.from_numpy(pairs)) for pairs in batches])
 
 
