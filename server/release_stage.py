@@ -51,7 +51,8 @@ from server.release.bundle import (
     write_release,
 )
 from server.release.gate import Decision, decide
-from server.release.policies import ReleaseEvidence, SiteStatement, default_policies
+from server.release.evidence import ReleaseEvidence, SiteStatement
+from server.release.policies import default_policies
 from server.round import training_epsilon
 from server.run_folder import RunFolder
 from server.seeds import derive

@@ -26,30 +26,19 @@ class ScoredSite:
 
 
 def drawn_audit(
-    plan: AuditPlan,
-    sites: Mapping[str, ScoredSite],
-    rng: np.random.Generator,
-    *,
-    members: int,
-    nonmembers: int,
-    copied: int = 0,
-    thresholds: ReleaseSettings | None = None,
+    plan: AuditPlan, sites: Mapping[str, ScoredSite], rng: np.random.Generator, *, copied: int = 0
 ) -> AuditResult:
-    """The verdict on one federation. members, nonmembers: a site; `copied` of the members, the rest are strangers too.
+    """The verdict on one federation of exactly the sizes that the plan expects, `copied` of each site's members copied.
 
     Counted by the site's own function; the noise is drawn here.
     """
-    by_site = {
-        name: answers(plan, people(plan, site, rng, members=members, nonmembers=nonmembers, copied=copied), rng)
-        for name, site in sites.items()
-    }
-    return judge_counts(plan, by_site, thresholds or ReleaseSettings(), weights_digest=None)
+    by_site = {name: answers(plan, people(plan, site, rng, copied=copied), rng) for name, site in sites.items()}
+    return judge_counts(plan, by_site, ReleaseSettings(), weights_digest=None)
 
 
-def people(
-    plan: AuditPlan, site: ScoredSite, rng: np.random.Generator, *, members: int, nonmembers: int, copied: int
-) -> list[PatientScore]:
-    """One site's patients, in their groups by the coins that a site would toss."""
+def people(plan: AuditPlan, site: ScoredSite, rng: np.random.Generator, *, copied: int) -> list[PatientScore]:
+    """One site's patients, in their groups by the coins that a site would toss. Members not copied are strangers."""
+    members, nonmembers = plan.expected_members, plan.expected_nonmembers
     drawn = [site.copied[i] for i in rng.integers(0, len(site.copied), copied)] if copied else []
     drawn += [site.strangers[i] for i in rng.integers(0, len(site.strangers), members - copied)]
     halves = [Group.MEMBER_A if coin else Group.MEMBER_B for coin in rng.random(members) < 0.5]

@@ -22,8 +22,8 @@ class Nearest:
     deviation 1 within the window, then each feature z-scored by mean and deviation over the PUBLIC volumes. A scale
     fitted on patients would let one patient move all scores.
 
-    candidates (M, 1+K, 16, 16, 16), reference (R, 1+K, 16, 16, 16): pooled pairs. Without a reference the score is minus
-    the distance to the nearest candidate.
+    candidates (M, 1+K, 16, 16, 16), reference (R, 1+K, 16, 16, 16): pooled pairs. Without a reference the score is
+    minus the distance to the nearest candidate.
     """
 
     def __init__(self, candidates: Tensor, reference: Tensor | None) -> None:

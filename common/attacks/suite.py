@@ -149,7 +149,7 @@ def build_suite_alone(*, pooled: Tensor, fresh: Tensor, others: Tensor) -> Suite
     The unit comes from `fresh`, some of the volumes: 0 lies at the low end of how like any of the others each of them
     is, 1 at the high end of how like the most similar of the others.
 
-    pooled: (M, 1+K, 16, 16, 16) all volumes. fresh: (N, 1+K, D, H, W) N of them. others: pooled, the M - N that are left.
+    pooled: (M, 1+K, 16, 16, 16) all volumes. fresh: (N, 1+K, D, H, W) N of them. others: the rest, pooled.
     """
     near_copy = NearCopy(pooled, None)
     attacks: dict[AttackName, Attack] = {

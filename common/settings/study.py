@@ -229,6 +229,7 @@ class ReleaseSettings(Settings):
     max_auc_site: Annotated[float, Field(gt=0.5, le=1)] = 0.70
     max_tpr: Annotated[float, Field(gt=0, le=1)] = 0.06
     max_detectable_copies: Annotated[float, Field(gt=0, le=1)] = 0.05
+    max_copied_share: Annotated[float, Field(gt=0, le=1)] = 0.06
     max_inference_lift: Annotated[float, Field(gt=0, le=1)] = 0.05
     max_blind_auc: Annotated[float, Field(gt=0.5, le=1)] = 0.55
     valid_days: Annotated[int, Field(ge=1)] = 365

@@ -13,15 +13,8 @@ Without public volumes to compare with
 --------------------------------------
 In a campaign the public start of training says how typical a patient is, and that is subtracted. Here there may be no
 such thing: procedural phantoms do not fit arbitrary anatomy, and half of the synthetic set would hide whatever both
-halves copied. So nothing is subtracted unless --reference or --generator is given. Measured on 139 real hippocampi, 40
-of them copied among 49 others, share found above all 50 non-members, near copy / nearest:
-
-copy made with     nothing subtracted   median over candidates   25 other real scans
-shift of 1-2       1.00 / 0.75          1.00 / 0.42              1.00 / 0.72
-smooth warp        1.00 / 1.00          1.00 / 0.85              1.00 / 1.00
-half and half      0.90 / 0.53          0.40 / 0.12              0.97 / 0.60
-
-Subtracting how like any candidate a patient is costs more than it corrects; public scans add a little.
+halves copied. So nothing is subtracted unless --reference or --generator is given. Subtracting how like any candidate a
+patient is would cost more than it corrects: docs/decisions/0016 has the measurements.
 
 Exact answers are for the owner of the data alone: result and report are personal data.
 """
@@ -61,7 +54,7 @@ from server.seeds import derive
 SITE = "folders"  # in the place of a hospital's name
 FEWEST_PATIENTS = 20  # of each group; `FederationSettings.minimum_patients` by default
 FEWEST_VOLUMES = 16  # as `AuditSettings.volumes`
-SAME_SCAN = 0.98  # fine structure that two patients' scans do not share: real hippocampi reach 0.78
+SAME_SCAN = 0.98  # fine structure that two patients' scans do not share: real hippocampi reach 0.81
 _FRESH = 64  # volumes that give the unit, a quarter of a small set
 _REGRESSION = 2048  # volumes that the inversion's start is fitted to
 _LISTED = 100  # pairs

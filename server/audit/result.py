@@ -185,7 +185,7 @@ class EndpointResult:
     tpr: at the plan's false-positive rate. copies_lower: lower bound on the share of members that stand
     out as copies, at the plan's copy confidence; above 0 is a FAIL. copies_upper: at the plan's confidence.
     set_membership: by site. epsilon_lower: what the attack proves about epsilon on its own; None when not computed.
-    edges, histograms: the pooled noised counts, for the report. roc: from (0, 0) to (1, 1).
+    edges, histograms: the pooled noised counts, fitted so that none is below zero. roc: fitted, from (0, 0) to (1, 1).
     """
 
     name: Endpoint

@@ -9,14 +9,8 @@ from typing import Literal
 
 from common.evidence.predicate import AuditBound, AuditFacts, CohortEpsilon, DecisionFacts, Outcome, SiteFacts
 from server.audit.result import AuditResult, EndpointResult, Verdict
-from server.release.policies import (
-    ObjectionKind,
-    Policy,
-    ReleaseEvidence,
-    SiteStatement,
-    Spending,
-    coarser_than_default,
-)
+from server.release.evidence import ObjectionKind, Policy, ReleaseEvidence, SiteStatement, Spending
+from server.release.policies import coarser_than_default
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,142 +9,34 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from functools import cached_property
-from typing import Protocol, assert_never
 
-from common.privacy.accounting import Epsilon, epsilon, epsilon_rdp
-from common.privacy.mechanism import DpSgd, ExactAnswer, GaussianRelease, Mechanism, NoisedCounts, Plan
-from common.protocol.messages import EnrolReply, ScoreReply, StatementReply
-from common.settings.load import study_digest
+from common.privacy.mechanism import DpSgd, ExactAnswer, GaussianRelease, NoisedCounts, Plan
 from common.settings.study import AuditSettings, ReleaseSettings, Study
-from server.audit.result import AuditResult, EndpointResult, Verdict
-from server.release.receipts import SiteReceipt
+from server.audit.result import AuditResult
+from server.release.audit_policies import (
+    AuditPassed,
+    ControlsCaught,
+    GroupsComparable,
+    InferenceWithin,
+    MechanismConsistent,
+    NearCopiesRare,
+    PowerSufficient,
+)
+from server.release.evidence import Objection, Policy, ReleaseEvidence, SiteStatement, Spending
 
+# Of a study's release settings: those for which a larger value allows more.
+THRESHOLDS = (
+    "max_auc",
+    "max_auc_site",
+    "max_tpr",
+    "max_detectable_copies",
+    "max_copied_share",
+    "max_inference_lift",
+    "max_blind_auc",
+)
 _COMMITMENT = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spending:
-    """What one cohort of one site has spent on the study, as its ledger states it."""
-
-    mechanisms: tuple[Mechanism, ...]
-    delta: float
-
-    @cached_property
-    def epsilon(self) -> Epsilon:
-        """Recomputed here from the mechanisms; a number that a site might state is never used."""
-        return epsilon(self.mechanisms, self.delta)
-
-    @cached_property
-    def second_opinion(self) -> float:
-        """Upper bound on the same epsilon by Renyi divergences."""
-        return epsilon_rdp(self.mechanisms, self.delta)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteStatement:
-    """What one site said at enrolment and at the end.
-
-    rounds: how many of its replies entered the average. released: whether its warm-up was used.
-    receipt: what it signed, checked; None when nobody asked for it.
-    """
-
-    study_digest: str
-    rounds: int
-    released: bool = False
-    members: Spending
-    nonmembers: Spending
-    holdout_commitment: str
-    policy_digest: str
-    code_digest: str
-    ledger_head: str
-    simulated: bool
-    receipt: SiteReceipt | None = None
-
-    @classmethod
-    def of(
-        cls,
-        site: str,
-        *,
-        enrolled: EnrolReply,
-        stated: StatementReply,
-        trained: Mapping[int, str],
-        scored: ScoreReply | None,
-        delta: float,
-        released: bool = False,
-    ) -> SiteStatement:
-        """From a site's own replies.
-
-        trained: digest of its generator that was used, by round. scored: its audit answer. delta: the study's.
-        """
-        return cls(
-            study_digest=stated.study_digest,
-            rounds=len(trained),
-            released=released,
-            members=Spending(mechanisms=stated.members, delta=delta),
-            nonmembers=Spending(mechanisms=stated.nonmembers, delta=delta),
-            holdout_commitment=enrolled.holdout_commitment,
-            policy_digest=enrolled.policy_digest,
-            code_digest=enrolled.code_digest,
-            ledger_head=stated.ledger_head.hash,
-            simulated=enrolled.simulated,
-            receipt=SiteReceipt.check(site, enrolled=enrolled, stated=stated, trained=trained, scored=scored),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReleaseEvidence:
-    """Everything the gate looks at.
-
-    sites: names of all sites whose replies entered the generator. statements: by site; one may be missing
-    because its site did not answer. audit: None when there was none. simulated: any part of the campaign was.
-    generator_digest, candidates_digest: the weights and volumes that would be released.
-    """
-
-    study: Study
-    plan: Plan
-    sites: tuple[str, ...]
-    statements: Mapping[str, SiteStatement]
-    audit: AuditResult | None
-    simulated: bool
-    generator_digest: str
-    candidates_digest: str
-
-    @cached_property
-    def study_digest(self) -> str:
-        """SHA-256 of the study's canonical JSON."""
-        return study_digest(self.study)
-
-
-class ObjectionKind(StrEnum):
-    """REFUSE: something is known to be wrong. CANNOT_TELL: what would show that it is right is missing."""
-
-    REFUSE = "refuse"
-    CANNOT_TELL = "cannot tell"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objection:
-    """Why a policy does not let a release pass, in one sentence with its numbers."""
-
-    kind: ObjectionKind
-    text: str
-
-
-class Policy(Protocol):
-    """One condition of a release."""
-
-    @property
-    def name(self) -> str:
-        """How decisions name it."""
-        ...
-
-    def objections(self, evidence: ReleaseEvidence) -> Iterator[Objection]:
-        """Nothing when the condition holds."""
-        ...
 
 
 def default_policies(study: Study) -> tuple[Policy, ...]:
@@ -156,9 +48,13 @@ def default_policies(study: Study) -> tuple[Policy, ...]:
         EpsilonWithin(cap=study.privacy.epsilon_cap),
         HoldoutCommitted(),
         ReceiptsHold(),
+        GroupsComparable(),
         AuditPassed(),
         ControlsCaught(),
         PowerSufficient(),
+        NearCopiesRare(),
+        MechanismConsistent(),
+        InferenceWithin(),
     )
 
 
@@ -172,9 +68,9 @@ class SitesConsented:
         """Too few sites, or an answer of a site that never enrolled."""
         quorum = evidence.study.federation.quorum
         if len(set(evidence.sites)) < quorum:
-            yield _refuse(f"{len(set(evidence.sites))} sites took part; the study needs {quorum}")
+            yield Objection.refuse(f"{len(set(evidence.sites))} sites took part; the study needs {quorum}")
         for site in sorted(evidence.statements.keys() - set(evidence.sites)):
-            yield _refuse(f"{site} made a statement but is not one of the sites that took part")
+            yield Objection.refuse(f"{site} made a statement but is not one of the sites that took part")
 
 
 @dataclass(frozen=True)
@@ -186,14 +82,14 @@ class SitesStated:
     def objections(self, evidence: ReleaseEvidence) -> Iterator[Objection]:
         """A missing statement cannot be judged; one that contradicts the plan is refused."""
         if (evidence.study.warm_up is None) != (evidence.plan.warm_up is None):
-            yield _refuse("the plan and the study differ about a warm-up")
+            yield Objection.refuse("the plan and the study differ about a warm-up")
         for site in sorted(set(evidence.sites)):
             statement = evidence.statements.get(site)
             if statement is None:
-                yield _cannot_tell(f"{site} has not stated what it spent")
+                yield Objection.cannot_tell(f"{site} has not stated what it spent")
                 continue
             if statement.study_digest != evidence.study_digest:
-                yield _refuse(f"{site} made its statement about another study")
+                yield Objection.refuse(f"{site} made its statement about another study")
             yield from _training_objections(site, statement, evidence.plan)
             yield from _warm_up_objections(site, statement, evidence.plan)
             yield from _answer_objections(site, statement, evidence.audit)
@@ -210,16 +106,18 @@ class NotResearch:
     def objections(self, evidence: ReleaseEvidence) -> Iterator[Objection]:
         """A plan without noise, or an exact answer in any ledger."""
         if evidence.study.privacy.target_epsilon is None or evidence.plan.mechanism.noise_multiplier == 0:
-            yield _refuse("the plan trains without noise: a research simulation")
+            yield Objection.refuse("the plan trains without noise: a research simulation")
         for site, statement in sorted(evidence.statements.items()):
             for cohort, spending in _cohorts(statement):
                 for mechanism in spending.mechanisms:
                     if isinstance(mechanism, ExactAnswer):
-                        yield _refuse(f"{site} answered {mechanism.question!r} about its {cohort} without noise")
+                        yield Objection.refuse(
+                            f"{site} answered {mechanism.question!r} about its {cohort} without noise"
+                        )
                     elif isinstance(mechanism, GaussianRelease) and mechanism.noise_multiplier == 0:
-                        yield _refuse(f"{site} released a sum over its {cohort} without noise")
+                        yield Objection.refuse(f"{site} released a sum over its {cohort} without noise")
                     elif isinstance(mechanism, DpSgd) and mechanism.noise_multiplier == 0 and mechanism.steps:
-                        yield _refuse(f"{site} trained on its {cohort} without noise")
+                        yield Objection.refuse(f"{site} trained on its {cohort} without noise")
 
 
 @dataclass(frozen=True)
@@ -239,7 +137,7 @@ class EpsilonWithin:
             for cohort, spending in _cohorts(statement):
                 # `not <=` so that a NaN objects.
                 if not spending.epsilon.upper <= self.cap:
-                    yield _refuse(
+                    yield Objection.refuse(
                         f"{site} {cohort} have spent epsilon {spending.epsilon.upper:.3f} "
                         f"(delta {spending.delta:g}), above {self.cap:g}"
                     )
@@ -257,9 +155,9 @@ class HoldoutCommitted:
         for site, statement in sorted(evidence.statements.items()):
             commitment = statement.holdout_commitment
             if not _COMMITMENT.fullmatch(commitment):
-                yield _refuse(f"{site} has not committed to its hold-out")
+                yield Objection.refuse(f"{site} has not committed to its hold-out")
             elif commitment in owners:
-                yield _refuse(f"{site} and {owners[commitment]} share one hold-out commitment")
+                yield Objection.refuse(f"{site} and {owners[commitment]} share one hold-out commitment")
             owners.setdefault(commitment, site)
 
 
@@ -275,69 +173,12 @@ class ReceiptsHold:
         for site, statement in sorted(evidence.statements.items()):
             receipt = statement.receipt
             if receipt is None or receipt.envelope is None:
-                yield _cannot_tell(f"{site} has not signed a receipt")
+                yield Objection.cannot_tell(f"{site} has not signed a receipt")
                 continue
-            yield from (_refuse(f"{site}: {problem}") for problem in receipt.problems)
+            yield from (Objection.refuse(f"{site}: {problem}") for problem in receipt.problems)
             if receipt.key in owners:
-                yield _refuse(f"{site} and {owners[receipt.key]} share one receipt key")
+                yield Objection.refuse(f"{site} and {owners[receipt.key]} share one receipt key")
             owners.setdefault(receipt.key, site)
-
-
-@dataclass(frozen=True)
-class AuditPassed:
-    """The audit of these very weights, under the study's own thresholds, passed."""
-
-    name: str = "audit-passed"
-
-    def objections(self, evidence: ReleaseEvidence) -> Iterator[Objection]:
-        """FAIL refuses; INCONCLUSIVE, or no audit, cannot tell; a PASS is read against its own bounds."""
-        audit = evidence.audit
-        if audit is None:
-            yield _cannot_tell("there was no audit")
-            return
-        yield from _subject_objections(audit, evidence)
-        match audit.verdict:
-            case Verdict.FAIL:
-                yield from (_refuse(f"audit: {reason}") for reason in audit.reasons)
-            case Verdict.INCONCLUSIVE:
-                yield from (_cannot_tell(f"audit: {reason}") for reason in audit.reasons)
-            case Verdict.PASS:
-                yield from _bound_objections(audit, evidence.study.release)
-            case _:
-                assert_never(audit.verdict)
-
-
-@dataclass(frozen=True)
-class ControlsCaught:
-    """The audit works: it saw what was planted and saw nothing where nothing was."""
-
-    name: str = "controls-caught"
-
-    def objections(self, evidence: ReleaseEvidence) -> Iterator[Objection]:
-        """Either control missed: the audit says nothing about the generator."""
-        for endpoint in _endpoints(evidence):
-            if not endpoint.planted.detected:
-                yield _cannot_tell(f"audit: {endpoint.name} missed the copies that were planted for it")
-            if not endpoint.null.passed:
-                yield _cannot_tell(f"audit: {endpoint.name} tells members from other members, so it shows nothing")
-
-
-@dataclass(frozen=True)
-class PowerSufficient:
-    """The audit would have seen copies if there were as many as the study tolerates."""
-
-    name: str = "power-sufficient"
-
-    def objections(self, evidence: ReleaseEvidence) -> Iterator[Objection]:
-        """Too few patients, or too much noise, to see the tolerated fraction of copies."""
-        limit = evidence.study.release.max_detectable_copies
-        for endpoint in _endpoints(evidence):
-            smallest = endpoint.power.smallest_copies
-            if not smallest <= limit:
-                yield _cannot_tell(
-                    f"audit: {endpoint.name} could have seen copies of {smallest:.1%} of the patients at best; "
-                    f"the study asks for {limit:.1%}"
-                )
 
 
 def coarser_than_default(study: Study) -> tuple[str, ...]:
@@ -345,7 +186,7 @@ def coarser_than_default(study: Study) -> tuple[str, ...]:
     allows_more: Sequence[tuple[str, float, float]] = (
         *(
             (f"release.{name}", getattr(study.release, name), ReleaseSettings.model_fields[name].default)
-            for name in ("max_auc", "max_auc_site", "max_tpr", "max_detectable_copies")
+            for name in THRESHOLDS
         ),
         *(
             (f"audit.{name}", getattr(study.audit, name), AuditSettings.model_fields[name].default)
@@ -375,23 +216,23 @@ def _training_objections(site: str, statement: SiteStatement, plan: Plan) -> Ite
         planned = plan.mechanism
         same = (planned.noise_multiplier, planned.sampling_probability, planned.unit)
         if (mechanism.noise_multiplier, mechanism.sampling_probability, mechanism.unit) != same:
-            yield _refuse(f"{site} trained under another mechanism than the plan's")
+            yield Objection.refuse(f"{site} trained under another mechanism than the plan's")
     used = statement.rounds * plan.steps_per_round
     if steps < used:
-        yield _refuse(f"{site} states {steps} training steps, but its replies took {used}")
+        yield Objection.refuse(f"{site} states {steps} training steps, but its replies took {used}")
     if any(isinstance(mechanism, DpSgd) for mechanism in statement.nonmembers.mechanisms):
-        yield _refuse(f"{site} trained on patients that it held out")
+        yield Objection.refuse(f"{site} trained on patients that it held out")
 
 
 def _warm_up_objections(site: str, statement: SiteStatement, plan: Plan) -> Iterator[Objection]:
     """The ledger's warm-up must be the plan's, and be there if the coordinator used it."""
     stated = [m for m in statement.members.mechanisms if isinstance(m, GaussianRelease)]
     if any(mechanism != plan.warm_up for mechanism in stated):
-        yield _refuse(f"{site} made another warm-up release than the plan's")
+        yield Objection.refuse(f"{site} made another warm-up release than the plan's")
     if statement.released and not stated:
-        yield _refuse(f"{site} states no warm-up release, but its sums were used")
+        yield Objection.refuse(f"{site} states no warm-up release, but its sums were used")
     if any(isinstance(mechanism, GaussianRelease) for mechanism in statement.nonmembers.mechanisms):
-        yield _refuse(f"{site} made a warm-up release of patients that it held out")
+        yield Objection.refuse(f"{site} made a warm-up release of patients that it held out")
 
 
 def _answer_objections(site: str, statement: SiteStatement, audit: AuditResult | None) -> Iterator[Objection]:
@@ -401,68 +242,24 @@ def _answer_objections(site: str, statement: SiteStatement, audit: AuditResult |
     charges = {"members": audit.epsilon_members, "nonmembers": audit.epsilon_nonmembers}
     for cohort, spending in _cohorts(statement):
         paid = math.fsum(m.epsilon for m in spending.mechanisms if isinstance(m, NoisedCounts))
-        if paid < charges[cohort] * (1 - 1e-9):
-            yield _refuse(
-                f"{site} {cohort}: the ledger shows epsilon {paid:g} for noised answers; "
-                f"the audit alone cost {charges[cohort]:g}"
+        charge = charges[cohort]
+        if charge is None:
+            yield Objection.refuse(f"{site} {cohort}: the audit's answers had no noise, and so no price")
+        elif paid < charge * (1 - 1e-9):
+            yield Objection.refuse(
+                f"{site} {cohort}: the ledger shows epsilon {paid:g} for noised answers; the audit cost {charge:g}"
             )
 
 
 def _accounting_objections(who: str, spending: Spending, delta: float) -> Iterator[Objection]:
     if spending.delta != delta:
-        yield _refuse(f"{who}: epsilon is stated for delta {spending.delta:g}, the study's is {delta:g}")
+        yield Objection.refuse(f"{who}: epsilon is stated for delta {spending.delta:g}, the study's is {delta:g}")
     first, second = spending.epsilon, spending.second_opinion
     if math.isinf(first.upper) and math.isinf(second):
         return
     # Renyi is an upper bound, some per cent loose: below the lower end, or far above, one of the two is wrong.
     if not first.lower <= second <= 1.5 * first.upper + 0.5:
-        yield _refuse(
+        yield Objection.refuse(
             f"{who}: two accountants disagree on epsilon ({first.accountant} {first.lower:.3f} to {first.upper:.3f}, "
             f"rdp {second:.3f})"
         )
-
-
-def _subject_objections(audit: AuditResult, evidence: ReleaseEvidence) -> Iterator[Objection]:
-    """The audit must be of these weights and sites, judged by the study's own thresholds."""
-    study = evidence.study
-    if audit.endpoints and audit.weights_digest != evidence.generator_digest:
-        yield _refuse("the audit examined other weights than those to be released")
-    for site in sorted(set(evidence.sites) - set(audit.sites)):
-        yield _cannot_tell(f"the audit has no answer of {site}")
-    wanted = {
-        **{name: getattr(study.release, name) for name in vars(audit.thresholds)},
-        "false_positive_rate": study.audit.false_positive_rate,
-        "confidence": study.audit.confidence,
-    }
-    used = {
-        **vars(audit.thresholds),
-        "false_positive_rate": audit.false_positive_rate,
-        "confidence": audit.confidence,
-    }
-    for name in sorted(name for name in wanted if wanted[name] != used[name]):
-        yield _refuse(f"the audit was judged with {name} {used[name]:g}; the study says {wanted[name]:g}")
-
-
-def _bound_objections(audit: AuditResult, limits: ReleaseSettings) -> Iterator[Objection]:
-    """A PASS whose own upper bounds exceed their thresholds contradicts itself."""
-    for endpoint in audit.endpoints:
-        bounds = [
-            (f"{endpoint.name} AUC", endpoint.auc_upper.value, limits.max_auc),
-            (f"{endpoint.name} true-positive rate", endpoint.tpr_upper.value, limits.max_tpr),
-            *((f"{endpoint.name} AUC of {s.site}", s.upper.value, limits.max_auc_site) for s in endpoint.sites),
-        ]
-        for name, upper, limit in bounds:
-            if not upper <= limit:
-                yield _cannot_tell(f"audit: {name} may be as high as {upper:.3f}, above {limit:g}")
-
-
-def _endpoints(evidence: ReleaseEvidence) -> tuple[EndpointResult, ...]:
-    return evidence.audit.endpoints if evidence.audit else ()
-
-
-def _refuse(text: str) -> Objection:
-    return Objection(kind=ObjectionKind.REFUSE, text=text)
-
-
-def _cannot_tell(text: str) -> Objection:
-    return Objection(kind=ObjectionKind.CANNOT_TELL, text=text)

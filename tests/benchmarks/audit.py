@@ -38,7 +38,8 @@ from tests.planted_leaks import Pairs, Scene, Site, draw_scene, score_people
 from tests.tiny_studies import tiny_audit_plan
 
 RATE = 0.01
-MEMBERS, COPIED = 200, 10  # a site
+MEMBERS = 200  # a site, and as many held out
+LEAK = 0.05
 NULL_SIZES = (46, 200, 450, 800)  # patients a site, of whom 35 % are held out
 HELD_OUT = 0.35
 
@@ -221,20 +222,23 @@ def _values(people: Sequence[PatientScore], endpoint: Endpoint) -> Values:
 
 
 def _leaks(ours: Scored, peers: Mapping[str, Scored], effort: Effort) -> list[Row]:
-    """5 % copies: at one hospital and three, exact and noised; peers at one, exact."""
-    rows: list[Row] = []
-    settings = ((1, None), (1, 1.0), (1, 2.0), (1, 4.0), (3, 1.0))
-    for sites, epsilon in settings:
-        plan = _plan(sites=sites, epsilon=epsilon)
-        rows += _five_percent(OURS, ours, plan, effort)
+    """5 % copies: exact and noised, at sizes that cannot be released anyway and at one that can; peers exact."""
     alone = _plan(sites=1, epsilon=None)
+    plans = [
+        alone,
+        *(_plan(sites=1, epsilon=epsilon) for epsilon in (1.0, 2.0, 4.0)),
+        _plan(sites=3, epsilon=1.0),
+        _plan(sites=3, epsilon=1.0, members=520, nonmembers=280),
+    ]
+    rows = [row for plan in plans for row in _five_percent(OURS, ours, plan, effort)]
     for name, scored in peers.items():
         rows += _five_percent(name, scored, replace(alone, endpoints=alone.endpoints[1:], questions=()), effort)
     return rows
 
 
 def _five_percent(method: str, scored: Scored, plan: AuditPlan, effort: Effort) -> Iterator[Row]:
-    verdicts = _verdicts(scored, plan, effort.repeats, members=MEMBERS, nonmembers=MEMBERS, copied=COPIED)
+    copied = round(LEAK * plan.expected_members)
+    verdicts = _verdicts(scored, plan, effort.repeats, copied=copied)
     case = f"leaks, {_DATA}, {_size(plan)}, 5 % of members copied, {_ALL} alike"
     yield _share(case, method, "detection_5pct_copies", verdicts.count(Verdict.FAIL), effort.repeats)
     yield _share(case, method, "false_release_rate", verdicts.count(Verdict.PASS), effort.repeats)
@@ -243,7 +247,7 @@ def _five_percent(method: str, scored: Scored, plan: AuditPlan, effort: Effort) 
 def _memorised(ours: Scored, effort: Effort) -> Iterator[Row]:
     for epsilon in (None, 1.0):
         plan = _plan(sites=1, epsilon=epsilon)
-        verdicts = _verdicts(ours, plan, effort.repeats, members=MEMBERS, nonmembers=MEMBERS, copied=MEMBERS)
+        verdicts = _verdicts(ours, plan, effort.repeats, copied=MEMBERS)
         case = f"leaks, {_DATA}, {_size(plan)}, memorising generator"
         yield _share(case, OURS, "detection_memorising", verdicts.count(Verdict.FAIL), effort.repeats)
         yield _share(case, OURS, "false_release_rate", verdicts.count(Verdict.PASS), effort.repeats)
@@ -253,7 +257,7 @@ def _null(ours: Scored, patients: int, effort: Effort) -> Iterator[Row]:
     """Nobody is copied: the copies among the synthetic volumes are of people who are in no federation."""
     held_out = round(HELD_OUT * patients)
     plan = _plan(sites=3, epsilon=1.0, members=patients - held_out, nonmembers=held_out)
-    verdicts = _verdicts(ours, plan, effort.null, members=patients - held_out, nonmembers=held_out, copied=0)
+    verdicts = _verdicts(ours, plan, effort.null, copied=0)
     case = f"null, {_DATA}, {_size(plan)}, nobody copied"
     for metric, verdict in (
         ("false_alarm_rate", Verdict.FAIL),
@@ -263,16 +267,10 @@ def _null(ours: Scored, patients: int, effort: Effort) -> Iterator[Row]:
         yield _share(case, OURS, metric, verdicts.count(verdict), effort.null)
 
 
-def _verdicts(
-    scored: Scored, plan: AuditPlan, repeats: int, *, members: int, nonmembers: int, copied: int
-) -> list[Verdict]:
+def _verdicts(scored: Scored, plan: AuditPlan, repeats: int, *, copied: int) -> list[Verdict]:
+    """Of federations as the plan expects them, `copied` of each site's members copied."""
     sites = {name: people.drawable() for name, people in zip(plan.sites, scored, strict=False)}
-    return [
-        drawn_audit(
-            plan, sites, np.random.default_rng(seed), members=members, nonmembers=nonmembers, copied=copied
-        ).verdict
-        for seed in range(repeats)
-    ]
+    return [drawn_audit(plan, sites, np.random.default_rng(seed), copied=copied).verdict for seed in range(repeats)]
 
 
 def _plan(*, sites: int, epsilon: float | None, members: int = MEMBERS, nonmembers: int = MEMBERS) -> AuditPlan:

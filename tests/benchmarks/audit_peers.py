@@ -17,7 +17,7 @@ from scipy.stats import gaussian_kde, multivariate_normal
 Values = NDArray[np.float64]
 Images = NDArray[np.float32]  # (N, voxels)
 
-DIMENSIONS = 16  # of the density ratio; see `density_ratio`
+DIMENSIONS = 96  # of the density ratio; see `density_ratio`
 
 _AXES_FROM = 1024  # synthetic images that fix the principal components
 _ROWS = 512
@@ -96,10 +96,11 @@ def authenticity(near: Values, to_others: Values) -> Values:
 def density_ratio(evidence: Evidence) -> PeerScores:
     """Log density of synthetic records less that of reference people at the patient.  [van Breugel et al. 2023]
 
-    Kernel estimates with Scott's width on principal components of synthetic records; 16 components found more copies
-    than 8 or 32 on these phantoms.
+    Kernel estimates with Scott's width on principal components of synthetic records. Of 4, 8, 16, 32, 64, 96, 128, 192
+    and 256 components, 96 found most copies of these phantoms: 48 %, where 16 found 3 %. It has the best of them.
     """
-    centre, axes = _principal_axes(evidence.synthetic[:_AXES_FROM], DIMENSIONS)
+    dimensions = min(DIMENSIONS, len(evidence.reference) // 2)  # a kernel estimate needs more records than dimensions
+    centre, axes = _principal_axes(evidence.synthetic[:_AXES_FROM], dimensions)
     people, copies, synthetic, reference = (
         ((images - centre) @ axes).astype(np.float64)
         for images in (evidence.people, evidence.own_copies, evidence.synthetic, evidence.reference)

@@ -19,7 +19,7 @@ MEMBERS, STRANGERS, OTHERS, PUBLIC_A, PUBLIC_B = PEOPLE.split([8, 20, 8, 44, 44]
 
 
 def memoriser(public: Tensor, remembered: Tensor) -> Memoriser:
-    return Memoriser(public, remembered, latent_size=8, reach=0.7)
+    return Memoriser(public, remembered, latent_size=12, reach=0.8)
 
 
 def inverter(generator: torch.nn.Module, steps: int) -> Inverter:
@@ -52,8 +52,8 @@ def attack(leaky: Memoriser, reference: Inverter) -> Inversion:
 
 def test_patients_whom_sampling_does_not_show_are_found_in_the_weights(attack, leaky, public):
     sampled = NearCopy(*(pooled_draws(g, seed=SEED, first=0, count=DRAWS) for g in (leaky, public)))
-    assert separation(sampled) < 0.8
-    assert separation(attack) > 0.88
+    assert separation(sampled) < 0.6
+    assert separation(attack) > 0.7
 
 
 def test_a_generator_that_remembers_other_people_separates_nobody(reference):

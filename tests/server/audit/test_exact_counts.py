@@ -27,7 +27,8 @@ def audit(seed: int, copied: float = 0.0, patients: int = 800) -> AuditResult:
     rng, p = np.random.default_rng(seed), plan()
 
     def with_copies(share: float) -> np.ndarray:
-        return np.where(rng.random(patients) < share, rng.normal(1.8, 0.2, patients), rng.normal(0.5, 0.2, patients))
+        copies = np.arange(patients) < share * patients
+        return np.where(copies, rng.normal(1.8, 0.2, patients), rng.normal(0.5, 0.2, patients))
 
     counts = {}
     for endpoint in p.endpoints:

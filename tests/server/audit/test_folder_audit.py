@@ -73,15 +73,16 @@ def with_synthetic(given: Folders, scans: tuple[Scan, ...]) -> Folders:
 
 
 LEAKLESS = folders(people(1, 30), people(2, 30), people(3, 24))
+SMALL = folders(people(1, 20), people(2, 20), people(3, 16))
 
 
 # What is found
 
 
 def test_a_generator_that_repeats_its_members_in_disguise_fails_and_the_pairs_are_listed():
-    members = people(4, 40)
-    copies = np.concatenate([disguised(members[:20].astype(np.float32), "shift", 1), people(5, 20)])
-    found = audit(folders(members, people(6, 40), copies.astype(np.float16)))
+    members = people(4, 30)
+    copies = np.concatenate([disguised(members[:20].astype(np.float32), "shift", 1), people(5, 10)])
+    found = audit(folders(members, people(6, 30), copies.astype(np.float16)))
     assert found.result.verdict is Verdict.FAIL
     named = {(pair.synthetic, pair.member) for pair in found.near_copies.pairs}
     assert {(f"s{i:04d}.nii.gz", f"m{i:04d}.nii.gz") for i in range(20)} <= named
@@ -98,7 +99,7 @@ def test_one_members_very_voxels_are_a_leak_whatever_the_statistics_say():
     assert (first.synthetic, first.member, first.identical) == ("s0024.nii.gz", "m0007.nii.gz", True)
 
 
-@pytest.mark.parametrize("n", [5, 19, 20, 30])
+@pytest.mark.parametrize("n", [5, 20])
 def test_a_small_cohort_never_passes_although_nothing_leaks(n):
     found = audit(folders(people(1, n), people(2, n), people(3, 24)))
     assert found.result.verdict is Verdict.INCONCLUSIVE
@@ -108,42 +109,42 @@ def test_a_small_cohort_never_passes_although_nothing_leaks(n):
 
 
 def test_one_volume_again_and_again_is_no_measurement():
-    found = audit(folders(people(1, 30), people(2, 30), np.repeat(people(3, 1), 24, axis=0)))
+    found = audit(folders(people(1, 20), people(2, 20), np.repeat(people(3, 1), 16, axis=0)))
     assert found.result.verdict is Verdict.INCONCLUSIVE
     assert "scores are all alike" in reasons(found)
 
 
 def test_a_non_member_that_is_a_member_too_spoils_the_control():
-    nonmembers = people(2, 30)
-    nonmembers[3] = people(1, 30)[11]
-    found = audit(folders(people(1, 30), nonmembers, people(3, 24)))
+    nonmembers = people(2, 20)
+    nonmembers[3] = people(1, 20)[11]
+    found = audit(folders(people(1, 20), nonmembers, people(3, 16)))
     assert found.result.verdict is Verdict.INCONCLUSIVE
     assert "1 scans of non-members are members' scans too (n0003.nii.gz is m0011.nii.gz)" in reasons(found)
 
 
 def test_the_same_scan_saved_with_other_grey_values_is_still_the_same_scan():
-    nonmembers = people(2, 30)
-    nonmembers[3] = disguised(people(1, 30)[11:13].astype(np.float32), "noise 0.02", 1)[0]
-    found = audit(folders(people(1, 30), nonmembers, people(3, 24)))
+    nonmembers = people(2, 20)
+    nonmembers[3] = disguised(people(1, 20)[11:13].astype(np.float32), "noise 0.02", 1)[0]
+    found = audit(folders(people(1, 20), nonmembers, people(3, 16)))
     assert "n0003.nii.gz is m0011.nii.gz" in reasons(found)
 
 
 def test_a_non_members_very_voxels_among_the_synthetic_volumes_say_that_nobody_was_held_out():
-    found = audit(folders(people(1, 30), people(2, 30), np.concatenate([people(3, 24), people(2, 2)])))
+    found = audit(folders(people(1, 20), people(2, 20), np.concatenate([people(3, 16), people(2, 2)])))
     assert found.result.verdict is Verdict.INCONCLUSIVE
     assert "these patients were not held out" in reasons(found)
 
 
 def test_a_synthetic_volume_that_could_not_be_read_keeps_a_pass_away_but_not_a_leak():
     torn = (Unread(name="s9999.nii.gz", reason="values that are not finite"),)
-    given = dataclasses.replace(LEAKLESS, synthetic=dataclasses.replace(LEAKLESS.synthetic, unread=torn))
+    given = dataclasses.replace(SMALL, synthetic=dataclasses.replace(SMALL.synthetic, unread=torn))
     assert "s9999.nii.gz: values that are not finite" in reasons(audit(given))
     leaking = with_synthetic(given, (*given.synthetic.scans, scan("copy", given.members.scans[0].pair)))
     assert audit(leaking).result.verdict is Verdict.FAIL
 
 
 def test_volumes_of_another_extent_are_told():
-    given = dataclasses.replace(LEAKLESS, members=folder("m", people(1, 30), extent_mm=64.0))
+    given = dataclasses.replace(SMALL, members=folder("m", people(1, 20), extent_mm=64.0))
     assert "the members span 64 x 64 x 64 mm, the synthetic volumes 32 x 32 x 32 mm" in reasons(audit(given))
 
 
@@ -168,12 +169,12 @@ def test_answers_are_exact_counts_of_patients_and_scans_of_one_patient_count_onc
 
 
 def test_the_same_name_in_both_folders_is_two_patients():
-    given = dataclasses.replace(LEAKLESS, nonmembers=folder("m", people(2, 30)))
-    assert (audit(given).result.members, audit(given).result.nonmembers) == (30, 30)
+    result = audit(dataclasses.replace(SMALL, nonmembers=folder("m", people(2, 20)))).result
+    assert (result.members, result.nonmembers) == (20, 20)
 
 
 def test_the_same_folders_give_the_same_result():
-    assert audit(LEAKLESS).result == audit(LEAKLESS).result
+    assert audit(SMALL).result == audit(SMALL).result
 
 
 def test_the_plan_asks_only_what_there_is_material_for_and_survives_its_own_json():
@@ -190,10 +191,16 @@ def test_the_plan_asks_only_what_there_is_material_for_and_survives_its_own_json
 
 
 def test_with_public_scans_they_are_what_is_subtracted():
-    public = dataclasses.replace(LEAKLESS, reference=folder("r", people(8, 24)))
-    found = audit(public)
-    assert found.plan.reference_volumes == 24
-    assert found.result.endpoints != audit(LEAKLESS).result.endpoints
+    public = dataclasses.replace(SMALL, reference=folder("r", people(8, 24)))
+    assert folder_plan(public, None, with_generator=False).reference_volumes == 24
+    # Public scans that are the members themselves explain every one of them.
+    copied = with_synthetic(public, (*public.synthetic.scans, *(scan(s.name, s.pair) for s in public.members.scans)))
+    known = dataclasses.replace(copied, reference=folder("r", people(1, 20)))
+    strict, fooled = (audit(given).result.primary for given in (copied, known))
+    assert strict is not None
+    assert fooled is not None
+    assert strict.auc.estimate > 0.95
+    assert fooled.auc.estimate < 0.7
 
 
 def test_without_public_volumes_nothing_is_subtracted():
@@ -306,13 +313,13 @@ def command(*arguments: str) -> int:
 
 
 def arguments(tmp_path: Path, synthetic: np.ndarray) -> list[str]:
-    given = {"members": people(1, 24), "nonmembers": people(2, 24), "synthetic": synthetic}
+    given = {"members": people(1, 8), "nonmembers": people(2, 8), "synthetic": synthetic}
     return [word for name, pairs in given.items() for word in (f"--{name}", str(flat(tmp_path / name, pairs)))]
 
 
 def test_the_command_writes_a_report_that_names_the_copies_and_says_whose_data_it_is(tmp_path, capsys):
     out = tmp_path / "out"
-    given = arguments(tmp_path, np.concatenate([people(3, 16), people(1, 24)[:1]]))
+    given = arguments(tmp_path, np.concatenate([people(3, 16), people(1, 8)[:1]]))
     assert command(*given, "--out", str(out), "--json") == 1
     said = json.loads(capsys.readouterr().out)
     assert said["verdict"] == "fail"
@@ -322,10 +329,10 @@ def test_the_command_writes_a_report_that_names_the_copies_and_says_whose_data_i
     page = (out / "report.html").read_text()
     assert "case_0016.nii.gz" in page
     assert "personal data" in page
-    assert "hospital's ledger" not in page.split("chapter 14")[0].split("What is proven")[0]
+    assert "no noise was added" in page
     record = json.loads((out / "report.json").read_text())
     assert record["near_copies"]["pairs"][0]["member"] == "case_0000.nii.gz"
-    assert "case\\_0016.nii.gz" in (out / "report.md").read_text() or "case_0016" in (out / "report.md").read_text()
+    assert "`case_0016.nii.gz`" in (out / "report.md").read_text()
 
 
 def test_an_inconclusive_audit_ends_with_one_and_wrong_usage_with_two(tmp_path, capsys):

@@ -45,10 +45,7 @@ def verdicts(
         facts |= {"nonmembers": round(HELD_OUT * patients), "members": patients - round(HELD_OUT * patients)}
     p = plan(**facts)
     sites = dict(zip(p.sites, people, strict=False))
-    sizes = {"members": p.expected_members, "nonmembers": p.expected_nonmembers}
-    return [
-        drawn_audit(p, sites, np.random.default_rng(seed), copied=copied, **sizes).verdict for seed in range(repeats)
-    ]
+    return [drawn_audit(p, sites, np.random.default_rng(seed), copied=copied).verdict for seed in range(repeats)]
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +179,7 @@ def audit_of_guesses(planted_fraction: float) -> AuditResult:
 
     site = ScoredSite(strangers=[score(i) for i in range(300)], copied=[])
     p = dataclasses.replace(plan(members=800, nonmembers=800, epsilon=None), planted_fraction=planted_fraction)
-    return drawn_audit(p, dict.fromkeys(p.sites, site), np.random.default_rng(4), members=800, nonmembers=800)
+    return drawn_audit(p, dict.fromkeys(p.sites, site), np.random.default_rng(4))
 
 
 def test_attacks_that_guess_are_inconclusive_because_planted_copies_escape_them():

@@ -23,9 +23,13 @@ from common.privacy.mechanism import DpSgd, NoisedCounts, Plan
 from common.settings.load import study_digest
 from common.settings.study import Study
 from server.audit.result import (
+    AttributeInference,
     AuditResult,
     AuditThresholds,
+    BlindBaseline,
     EndpointResult,
+    MechanismAudit,
+    MechanismVerdict,
     NullControl,
     PlantedControl,
     Power,
@@ -33,8 +37,9 @@ from server.audit.result import (
     Verdict,
 )
 from server.release.bundle import Dossier, write_candidates, write_refusal, write_release
+from server.release.evidence import ReleaseEvidence, SiteStatement, Spending
 from server.release.gate import decide
-from server.release.policies import ReleaseEvidence, SiteStatement, Spending, default_policies
+from server.release.policies import default_policies
 from tests.tiny_studies import tiny_study
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -136,6 +141,26 @@ def evidence(study: Study, generator_weights: Weights) -> ReleaseEvidence:
         verdict=Verdict.PASS,
         reasons=(),
         endpoints=tuple(passing_endpoint(name) for name in Endpoint),
+        inference=AttributeInference(
+            question="is it so",
+            members=interval(0.87, 0.9, 0.93),
+            nonmembers=interval(0.87, 0.9, 0.93),
+            lift=interval(-0.02, 0.0, 0.02),
+            lower=lower(-0.02),
+            upper=upper(0.02),
+        ),
+        blind=BlindBaseline(auc=interval(0.47, 0.5, 0.53), passed=True),
+        mechanism=MechanismAudit(
+            verdict=MechanismVerdict.CONSISTENT,
+            canaries=800,
+            guesses=200,
+            correct=110,
+            claimed_epsilon=3.0,
+            delta=1e-4,
+            bounds=(),
+            without_noise=6.0,
+            reasons=(),
+        ),
         sites=SITES,
         members=800,
         nonmembers=400,

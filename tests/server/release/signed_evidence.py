@@ -22,7 +22,7 @@ from common.evidence.signing import public_key_hex
 from common.privacy.mechanism_json import mechanism_json
 from common.settings.load import study_digest
 from common.settings.study import Study
-from server.release.policies import ReleaseEvidence, SiteStatement
+from server.release.evidence import ReleaseEvidence, SiteStatement
 from server.release.receipts import SiteReceipt
 
 SITES = ("site-1", "site-2")

@@ -31,8 +31,9 @@ from server.release.bundle import (
     write_refusal,
     write_release,
 )
+from server.release.evidence import ReleaseEvidence
 from server.release.gate import Decision, decide
-from server.release.policies import ReleaseEvidence, default_policies
+from server.release.policies import default_policies
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 KEY = Ed25519PrivateKey.generate()

@@ -21,7 +21,8 @@ from common.evidence.verification import verify_bundle
 from common.settings.load import study_digest
 from common.settings.study import Study
 from server.release.bypass import bypass_gate
-from server.release.policies import ReleaseEvidence, coarser_than_default
+from server.release.evidence import ReleaseEvidence
+from server.release.policies import coarser_than_default
 from server.run_folder import Engine, RunFacts, RunFolder
 
 NOW = datetime.now(UTC).replace(microsecond=0)

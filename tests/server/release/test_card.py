@@ -15,8 +15,9 @@ from common.privacy.mechanism import ExactAnswer
 from common.protocol.messages import SegmenterSource
 from common.settings.study import Study, WarmUpSettings
 from server.release.card import card_facts, card_text
+from server.release.evidence import ReleaseEvidence, Spending
 from server.release.gate import decide
-from server.release.policies import ReleaseEvidence, Spending, default_policies
+from server.release.policies import default_policies
 from server.utility import UtilityResult, UtilityRow
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)

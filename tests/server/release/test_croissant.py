@@ -15,8 +15,9 @@ from common.evidence.predicate import Predicate
 from common.settings.study import Study
 from server.release.card import card_facts
 from server.release.croissant import croissant_facts
+from server.release.evidence import ReleaseEvidence
 from server.release.gate import decide
-from server.release.policies import ReleaseEvidence, default_policies
+from server.release.policies import default_policies
 from tests.server.release.conftest import NOW
 
 pytestmark = pytest.mark.filterwarnings("ignore:ConjunctiveGraph:DeprecationWarning")  # mlcroissant's own use of rdflib

@@ -9,8 +9,9 @@ import pytest
 from common.evidence.predicate import Outcome
 from common.settings.study import Study
 from server.audit.result import Verdict
+from server.release.evidence import Objection, ObjectionKind, ReleaseEvidence
 from server.release.gate import decide
-from server.release.policies import Objection, ObjectionKind, ReleaseEvidence, default_policies
+from server.release.policies import default_policies
 
 Change = Callable[..., ReleaseEvidence]
 
@@ -99,7 +100,7 @@ def test_the_decisions_id_changes_with_every_fact_it_rests_on(evidence: ReleaseE
 
 def test_an_infinite_epsilon_is_stated_as_a_word(evidence: ReleaseEvidence, study: Study):
     from common.privacy.mechanism import ExactAnswer
-    from server.release.policies import Spending
+    from server.release.evidence import Spending
 
     exact = Spending(mechanisms=(ExactAnswer(question="dice"),), delta=1e-4)
     site = replace(evidence.statements["site-1"], members=exact)

@@ -26,9 +26,10 @@ from common.volume.bids import DatasetKind, write_pair
 from common.volume.layouts import find_pairs
 from common.volume.volume import Volume
 from server.release.bundle import Dossier, candidates_digest, write_unsafe
+from server.release.evidence import ReleaseEvidence
 from server.release.gate import decide
 from server.release.nnunet import NnunetDataset, export_nnunet
-from server.release.policies import ReleaseEvidence, default_policies
+from server.release.policies import default_policies
 from tests.server.release.conftest import NOW
 
 COMMANDS = [EntryPoint("release nnunet", "server.release.cli:nnunet", "consilium.commands")]

@@ -13,8 +13,9 @@ from common.evidence.signing import public_key_hex
 from common.privacy.mechanism_json import mechanism_json, parse_mechanism
 from common.protocol import codec
 from common.protocol.messages import EnrolReply, LedgerHead, ScoreReply, StatementReply
+from server.release.evidence import ObjectionKind, ReleaseEvidence, SiteStatement
 from server.release.gate import decide
-from server.release.policies import ObjectionKind, ReceiptsHold, ReleaseEvidence, SiteStatement, default_policies
+from server.release.policies import ReceiptsHold, default_policies
 from server.release.receipts import SiteReceipt
 
 KEY = SITE_KEYS["site-1"]

@@ -11,7 +11,7 @@ import pytest
 
 from common.cli import run
 from common.volume.nifti import read_nifti
-from server.release.policies import ReleaseEvidence
+from server.release.evidence import ReleaseEvidence
 
 
 @pytest.fixture(autouse=True)

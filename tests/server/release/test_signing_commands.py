@@ -10,7 +10,7 @@ import pytest
 
 from common.cli import COMMANDS, run
 from common.evidence.signing import create_signing_key, fingerprint, public_pem
-from server.release.policies import ReleaseEvidence
+from server.release.evidence import ReleaseEvidence
 
 SIGNING = [
     EntryPoint(name, f"server.release.signing_cli:{name.partition(' ')[2]}", COMMANDS)

@@ -9,7 +9,8 @@ import pytest
 
 from common.privacy.mechanism import DpSgd, GaussianRelease, Mechanism, NoisedCounts
 from common.settings.study import WarmUpSettings
-from server.release.policies import NotResearch, ReleaseEvidence, SitesStated, Spending
+from server.release.evidence import ReleaseEvidence, Spending
+from server.release.policies import NotResearch, SitesStated
 
 DELTA = 1e-4
 ROUND = DpSgd(noise_multiplier=1.5, sampling_probability=0.1, steps=10)
