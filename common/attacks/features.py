@@ -19,7 +19,7 @@ from common.errors import DataError
 DIMENSIONS = 64  # 32 miss half of blended copies on phantoms
 
 _FITTED = 2048  # volumes that fix the components; their Gram matrix is square in them
-_CHUNK = 64  # volumes whose full feature vectors are held at once
+_CHUNK = 64  # volumes whose gradients are held at once: more leave the cache
 _LEAST_VARIANCE = 1e-5  # of a component, features having length one: volumes all alike must not be blown up
 _EPSILON = 1e-6
 
@@ -42,7 +42,7 @@ class Embedding:
                 f"the synthetic set has {len(synthetic)} volumes, more than {dimensions} finite ones are needed; "
                 "nothing was scored. Draw more, or take the generator's weights from the run again."
             )
-        features = _all_features(synthetic[:_FITTED])  # (M, F)
+        features = torch.cat([_features(chunk) for chunk in _chunks(synthetic[:_FITTED])])  # (M, F)
         centre = features.mean(dim=0)
         features = features - centre
         # The Gram matrix has M rows, the covariance thousands: same non-zero spectrum.
@@ -54,7 +54,7 @@ class Embedding:
 
     def __call__(self, pooled: Tensor) -> Tensor:
         """(N, 1+K, 16, 16, 16) -> (N, d): mean zero and variance one over the fitted volumes."""
-        return torch.cat([(_features(chunk) - self.centre) @ self.axes for chunk in pooled.split(_CHUNK)])
+        return torch.cat([(_features(chunk) - self.centre) @ self.axes for chunk in _chunks(pooled)])
 
 
 def views(scan: Tensor) -> Tensor:
@@ -68,8 +68,9 @@ def views(scan: Tensor) -> Tensor:
     return moved.reshape(-1, 1, SIDE, SIDE, SIDE)
 
 
-def _all_features(pooled: Tensor) -> Tensor:
-    return torch.cat([_features(chunk) for chunk in pooled.split(_CHUNK)])
+def _chunks(pooled: Tensor) -> list[Tensor]:
+    """In order; only one chunk's full feature vectors are held at once."""
+    return [pooled[first : first + _CHUNK] for first in range(0, len(pooled), _CHUNK)]
 
 
 def _features(pooled: Tensor) -> Tensor:
@@ -87,5 +88,6 @@ def _gradient_histogram(image: Tensor) -> Tensor:
     for axis in (2, 3, 4):
         slope = (image.roll(-1, axis) - image.roll(1, axis)) / 2  # its rim is wrong and lies outside the window
         parts += [slope.clamp(min=0), (-slope).clamp(min=0)]
-    cells = F.avg_pool3d(centre_windows(torch.cat(parts, dim=1)), 2).flatten(1)
-    return cells / cells.norm(dim=1, keepdim=True).clamp(min=_EPSILON)
+    cells: Tensor = F.avg_pool3d(centre_windows(torch.cat(parts, dim=1)), 2).flatten(1)
+    length = cells.square().sum(dim=1, keepdim=True).sqrt().clamp(min=_EPSILON)
+    return cells / length

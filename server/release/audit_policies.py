@@ -1,4 +1,4 @@
-"""What the audit must have shown before anything is released: G0 to G7 of docs/decisions/0016, a policy each.
+"""What the audit must have shown before anything is released: G0 to G7 of docs/decisions/0015, a policy each.
 
 All must hold together, so that upper bounds need no correction for multiplicity (intersection-union). The verdict has
 weighed the same numbers before; the policies read them again, so that a verdict and its evidence cannot part.

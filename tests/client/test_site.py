@@ -202,7 +202,7 @@ def test_order_above_the_policy_cap_is_refused_before_the_ledger(tmp_path):
 
 def test_order_that_would_exceed_the_ledger_is_refused_before_any_work(tmp_path):
     work = QuickWork()
-    site = enrolled(tmp_path, work, allowed=policy(epsilon_cap=4.5))
+    site = enrolled(tmp_path, work, allowed=policy(epsilon_cap=10.0))
     site.handle(train_order())
     replies = [site.handle(score_order(seed=seed)) for seed in range(4)]
     assert isinstance(replies[0], ScoreReply)
@@ -289,8 +289,9 @@ def test_scoring_is_charged_to_members_once_and_to_nonmembers_twice_an_endpoint(
     assert isinstance(site.handle(score_order()), ScoreReply)
     answers = [e.mechanism for e in spent(tmp_path) if isinstance(e.mechanism, NoisedCounts)]
     members = [e for e in spent(tmp_path, LedgerCohort.MEMBERS) if isinstance(e.mechanism, NoisedCounts)]
-    assert len(members) == len(AUDIT_PLAN.endpoints)
-    assert len(answers) == 3 * len(AUDIT_PLAN.endpoints)
+    endpoints, questions = len(AUDIT_PLAN.endpoints), len(AUDIT_PLAN.questions)
+    assert len(members) == endpoints + questions
+    assert len(answers) == 3 * endpoints + 2 * questions
 
 
 def test_same_question_is_answered_from_the_store_and_another_one_is_charged_with_fresh_noise(tmp_path):

@@ -49,9 +49,10 @@ def test_a_campaign_whose_audit_finds_nothing_ends_in_a_release_that_verifies(re
         "campaign",
         "warm-start",
         "enrolment",
-        "round",
-        "round",
         "audit-plan",
+        "round",
+        "round",
+        "audit-question",
         "audit-answers",
         "audit-result",
         "candidates",
@@ -60,21 +61,21 @@ def test_a_campaign_whose_audit_finds_nothing_ends_in_a_release_that_verifies(re
     ]
 
 
-def test_the_audit_plan_is_on_record_before_the_first_site_is_asked_to_score(tmp_path: Path):
+def test_the_audit_plan_is_on_record_before_the_first_site_is_asked_to_train(tmp_path: Path):
     seen: list[bool] = []
     sites = scripted()
     honest = sites["a"]
 
     def looks_first(order: Order) -> Reply:
-        if isinstance(order, ScoreOrder):
+        if isinstance(order, TrainOrder | ScoreOrder):
             records = EvidenceChain(tmp_path / "run" / "evidence.jsonl").verify()
-            seen.append(
-                any(r.kind == "audit-plan" and r.body["plan_digest"] == order.audit_plan_digest for r in records)
-            )
+            fixed = [r.body["plan_digest"] for r in records if r.kind == "audit-plan"]
+            asked = order.audit_plan_digest if isinstance(order, ScoreOrder) else None
+            seen.append(len(fixed) == 1 and asked in (None, fixed[0]))
         return honest(order)
 
     hold(tmp_path / "run", LoopbackSites({**sites, "a": looks_first}))
-    assert seen == [True]
+    assert seen == [True, True, True]  # two rounds and the scores
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_a_campaign_that_stops_after_a_stage_goes_on_to_the_same_decision(tmp_pa
     sites = LoopbackSites(hospitals)
     resumed, run = hold(tmp_path / "run", sites)
     assert resumed.decision_id == released[0].decision_id
-    assert len(kinds(run)) == 11
+    assert len(kinds(run)) == 12
     done = STAGES[: STAGES.index(stage) + 1]
     asked = {type(order) for _, order in sites.asked}
     assert (EnrolOrder in asked) == ("enrolment" not in done)
