@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from common.attacks.patient import PatientScore, count
-from common.measure.audit_plan import AuditPlan, Group
+from common.measure.audit_plan import AuditPlan, EndpointPlan, Group, endpoints_of
 from common.settings.study import ReleaseSettings
+from server.audit.folder_audit import fine_edges
 from server.audit.result import AuditResult
 from server.audit.verdict import Counts, judge_counts
+from tests.tiny_studies import TINY_ATTACKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,11 @@ class ScoredSite:
 
     strangers: Sequence[PatientScore]
     copied: Sequence[PatientScore]
+
+
+def fine_endpoints() -> tuple[EndpointPlan, ...]:
+    """The sampling attacks' endpoints on the grid of exact answers."""
+    return tuple(EndpointPlan(name=name, edges=fine_edges()) for name in endpoints_of(TINY_ATTACKS))
 
 
 def drawn_audit(

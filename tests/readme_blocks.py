@@ -106,7 +106,9 @@ def study_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
                 yield f"`{prefix}{name}`", f"the keys below, or {values({'type': 'null'}, {})}", "`None`"
             yield from study_keys(sections[0], f"{prefix}{name}.")
             continue
-        default = "required" if field.default is PydanticUndefined else f"`{field.default}`"
+        usual = field.default
+        shown = f"[{', '.join(map(str, usual))}]" if isinstance(usual, tuple) else str(usual)
+        default = "required" if usual is PydanticUndefined else f"`{shown}`"
         yield f"`{prefix}{name}`", values(schema, properties.get("$defs", {})), default
 
 
@@ -128,6 +130,8 @@ def values(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
             words = ", ".join(f"`{name}`" for name in names)
         case {"type": "array", "prefixItems": items}:
             words = f"{len(items)} of: {values(items[0], definitions)}"
+        case {"items": item}:
+            words = f"list of: {values(item, definitions)}"
         case {"type": "object"}:
             words = "whole number: name"
         case {"type": "null" | "boolean" as kind}:

@@ -125,7 +125,7 @@ def folder_plan(folders: Folders, study: Study | None, *, with_generator: bool) 
         there.add(AttackName.INVERSION)
     if folders.reference is not None:
         there |= {AttackName.DENSITY_RATIO, AttackName.SUBSTITUTE}
-    attacks = tuple(name for name in audit.attacks if name in there)
+    attacks = tuple(name for name in (audit.attacks if study else AttackName) if name in there)
     volumes, reference = len(folders.synthetic.scans), folders.reference
     asked = {Question.BLIND, *([Question.LABEL_SIZE] if folders.labels else [])}
     return AuditPlan(
@@ -140,7 +140,7 @@ def folder_plan(folders: Folders, study: Study | None, *, with_generator: bool) 
         reference_volumes=min(audit.volumes, 2000) if with_generator else len(reference.scans) if reference else 0,
         calibration_volumes=min(_FRESH, volumes // 4),
         epsilon_per_answer=None,
-        questions=tuple(q for q in audit.questions if q in asked),
+        questions=tuple(q for q in Question if q in asked),
         epsilon_per_question=None,
         planted_fraction=audit.planted_fraction,
         false_positive_rate=audit.false_positive_rate,

@@ -17,7 +17,7 @@ from common.attacks.suite import Material, Suite, Unit, build_suite
 from common.measure.audit_plan import AuditPlan, Endpoint
 from common.settings.study import Question
 from server.audit.result import AuditResult, Verdict
-from tests.drawn_federations import ScoredSite, drawn_audit
+from tests.drawn_federations import ScoredSite, drawn_audit, fine_endpoints
 from tests.planted_leaks import CALIBRATION, Scene, draw_scene, score_people
 from tests.stored_pairs import noise_pairs
 from tests.tiny_studies import tiny_audit_plan
@@ -27,7 +27,9 @@ FAINT = "warp 1.0"  # a deformation so strong that only a quarter of such copies
 
 
 def plan(sites: int = 3, *, members: int, nonmembers: int, epsilon: float | None = 1.0) -> AuditPlan:
+    exact = {"endpoints": fine_endpoints()} if epsilon is None else {}
     return tiny_audit_plan(
+        **exact,
         sites=tuple(f"site-{i + 1}" for i in range(sites)),
         epsilon_per_answer=epsilon,
         questions=(Question.LABEL_SIZE, Question.BLIND),
