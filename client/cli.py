@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,6 +53,37 @@ def ledger(
         show(report, checked=checked)
     if report.what_if is not None and not report.what_if.allowed:
         raise typer.Exit(ExitCode.REFUSED)
+
+
+def near_copies(
+    site: Annotated[Path, typer.Argument(help="The site's site.yaml, or the folder it lies in.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show which patients the last audit found most like a synthetic volume. For the hospital's own reviewer only."""
+    from client.store import SiteStore  # noqa: PLC0415
+    from common.settings.site import load_site  # noqa: PLC0415
+
+    settings = load_site(site / SITE_FILE if site.is_dir() else site)
+    found = {digest: store.review() for digest, store in SiteStore(settings.state).studies().items()}
+    if as_json:
+        body = {digest: None if cases is None else [asdict(case) for case in cases] for digest, cases in found.items()}
+        typer.echo(json.dumps(body, indent=2, sort_keys=True))
+        return
+    for digest, cases in found.items():
+        if cases is None:
+            typer.echo(f"study {digest[:16]}: not scored yet")
+            continue
+        typer.echo(
+            f"study {digest[:16]}: {len(cases)} patients are as like a synthetic volume as these among themselves"
+        )
+        for case in cases:
+            kind = "trained on" if case.member else "held out"
+            typer.echo(
+                f"  {case.patient} ({kind}): volume {case.volume}, correlation {case.correlation:.3f}, "
+                f"score {case.score:.2f}"
+            )
+    if not found:
+        typer.echo("this site is enrolled in no study")
 
 
 def _head(text: str) -> LedgerHead:

@@ -320,14 +320,15 @@ class Site:
                 )
                 return reply, kept
             case ScoreOrder():
-                histograms, critic_tells = self._work.score(order, task, audit_plan(order), state)
+                scored = self._work.score(order, task, audit_plan(order), state)
+                self._enrolled(order.study_digest).store.keep_review(scored.scores.review)
                 return (
                     ScoreReply(
                         study_digest=order.study_digest,
                         weights_digest=order.weights_digest,
                         audit_plan_digest=order.audit_plan_digest,
-                        histograms=histograms,
-                        critic_tells=critic_tells,
+                        histograms=scored.scores.histograms,
+                        critic_tells=scored.critic_tells,
                         ledger_head=head,
                     ),
                     None,

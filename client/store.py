@@ -34,7 +34,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -48,6 +48,7 @@ from torch import Tensor
 
 from client.cohort import Cohort, CohortIdentity, read_identity
 from client.orders import PaidOrder
+from client.scoring.review import ReviewCase, from_json, to_json
 from common.errors import IntegrityError, ProtocolError
 from common.evidence.atomic import write_atomic
 from common.evidence.receipt import Answered
@@ -184,6 +185,7 @@ class StudyStore:
         self.cohort_file = folder / "cohort.safetensors"
         self.witness_file = folder / "witness"
         self.enrolment_file = folder / "enrolment"
+        self.review_file = folder / "near-copies.json"
 
     @property
     def enrolled(self) -> bool:
@@ -266,6 +268,14 @@ class StudyStore:
     def released(self) -> bool:
         """Return whether a warm-up was answered."""
         return any(path.name.startswith(_WARM_UP) for path in self.replies.iterdir())
+
+    def keep_review(self, found: Sequence[ReviewCase]) -> None:
+        """Store the near-copies of the last answer for the hospital's own reviewer, in place of those before."""
+        _write(self.review_file, to_json(found))
+
+    def review(self) -> tuple[ReviewCase, ...] | None:
+        """Return the near-copies of the last answer, None before the first. Raises IntegrityError when damaged."""
+        return from_json(_read(self.review_file)) if self.review_file.exists() else None
 
     def save_state(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Store what training keeps after round `number`; before the round's reply, which makes it count."""

@@ -19,7 +19,7 @@ from client.ingest import ingest
 from client.randomness import SecureStream
 from client.scoring import utility
 from client.scoring.critic_control import critic_tells, randomised_response
-from client.scoring.score import score_site
+from client.scoring.score import SiteScores, score_site
 from client.training.canaries import canaries_of
 from client.training.compute import Compute
 from client.training.loop import train_round
@@ -35,7 +35,6 @@ from common.phantom.scanner import site_scanner
 from common.privacy.mechanism import Plan
 from common.protocol.messages import (
     LedgerHead,
-    NoisedHistogram,
     ScoreOrder,
     TrainOrder,
     UtilityOrder,
@@ -120,14 +119,20 @@ def train(order: TrainOrder, task: Task, kept: Mapping[str, Tensor] | None) -> t
     return weights, {name: tensor.cpu() for name, tensor in state.tensors().items()}
 
 
-def score(
-    order: ScoreOrder, task: Task, plan: AuditPlan, kept: Mapping[str, Tensor] | None
-) -> tuple[tuple[NoisedHistogram, ...], bool | None]:
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What came of a score order. critic_tells: by randomised response; None when the plan does not ask."""
+
+    scores: SiteScores
+    critic_tells: bool | None
+
+
+def score(order: ScoreOrder, task: Task, plan: AuditPlan, kept: Mapping[str, Tensor] | None) -> Scored:
     """Score every patient against volumes of the order's generator and of the public start; the critic's noised bit.
 
     kept: what the last done round left. A site that has trained no round has no critic that could tell.
     """
-    histograms = score_site(
+    scores = score_site(
         cohort=task.cohort,
         generator=generator_from(task.study, order.weights, task.compute.device),
         reference=generator_from(task.study, task.public_generator, task.compute.device),
@@ -139,9 +144,10 @@ def score(
         device=task.compute.device,
     )
     if Question.CRITIC not in plan.questions or plan.epsilon_per_question is None:
-        return histograms, None
+        return Scored(scores=scores, critic_tells=None)
     tells = kept is not None and critic_tells(task.study, kept, task.cohort, task.compute.device)
-    return histograms, randomised_response(tells, plan.epsilon_per_question, task.stream)
+    bit = randomised_response(tells, plan.epsilon_per_question, task.stream)
+    return Scored(scores=scores, critic_tells=bit)
 
 
 def _consented(task: Task) -> list[Tensor] | None:
@@ -172,7 +178,5 @@ class SiteWork:
     patients: Callable[[SiteSettings, Study, Observer], Mapping[str, NDArray[np.float16]]] = read_patients
     warm_up: Callable[[WarmUpOrder, Task], tuple[float, ...]] = warm_up
     train: Callable[[TrainOrder, Task, Mapping[str, Tensor] | None], tuple[Weights, Mapping[str, Tensor]]] = train
-    score: Callable[
-        [ScoreOrder, Task, AuditPlan, Mapping[str, Tensor] | None], tuple[tuple[NoisedHistogram, ...], bool | None]
-    ] = score
+    score: Callable[[ScoreOrder, Task, AuditPlan, Mapping[str, Tensor] | None], Scored] = score
     utility: Callable[[UtilityOrder, Task, LedgerHead], UtilityReply] = measure_utility

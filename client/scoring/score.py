@@ -30,6 +30,7 @@ question. The bit about the critic (`critic_control`) is charged to both.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,7 @@ from torch import Tensor
 
 from client.cohort import Cohort
 from client.randomness import SecureStream
+from client.scoring.review import ReviewCase, cases
 from common.attacks.patient import PatientScore, count, in_parallel, score_patient
 from common.attacks.suite import Material, Suite, build_suite
 from common.errors import PolicyRefusal
@@ -44,6 +46,14 @@ from common.generator.sampling import LatentToPairs
 from common.measure.audit_plan import SCORE_VERSION, AuditPlan, Group
 from common.protocol.messages import NoisedHistogram
 from common.telemetry.events import Observer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteScores:
+    """What came of scoring. histograms: noised, for the reply. review: exact, for the hospital's own reviewer alone."""
+
+    histograms: tuple[NoisedHistogram, ...]
+    review: tuple[ReviewCase, ...]
 
 
 def score_site(
@@ -57,8 +67,8 @@ def score_site(
     observer: Observer,
     consented: Sequence[Tensor] | None = None,
     device: str = "cpu",
-) -> tuple[NoisedHistogram, ...]:
-    """Noised histograms of every endpoint and group of the plan, and of the question, in the plan's order.
+) -> SiteScores:
+    """Noised histograms of every endpoint and group of the plan, and of the questions, in the plan's order.
 
     generator, reference: in evaluation mode on `device`, giving pairs on the study's grid. seed: public latent seed of
     candidates. consented: pairs of the site's `reference_set`, where it has one.
@@ -84,17 +94,18 @@ def score_site(
     patients = _score_all(cohort, suite, plan, answer, observer)  # (3)
     # (4) and (5) count, add noise
     noise = answer.fork("noise")
-    return tuple(
-        _noised(name, group, count(patients, plan, name=name, group=group), asked.epsilon, noise)
+    histograms = tuple(
+        _noised(name, group, count([*patients.values()], plan, name=name, group=group), asked.epsilon, noise)
         for name, asked in plan.answers.items()
         for group in asked.groups
     )
+    return SiteScores(histograms=histograms, review=cases(cohort, suite, patients))
 
 
 def _score_all(
     cohort: Cohort, suite: Suite, plan: AuditPlan, answer: SecureStream, observer: Observer
-) -> list[PatientScore]:
-    """Every patient, in parallel; each alone, so that neither order nor company changes anybody's score."""
+) -> dict[str, PatientScore]:
+    """Every patient by name, in parallel; each alone, so that neither order nor company changes anybody's score."""
     members = frozenset(cohort.members)
     names = sorted(cohort.patients)
 
@@ -107,7 +118,7 @@ def _score_all(
             coins=answer.fork("patient", patient),
         )
 
-    return in_parallel(score, names, observer)
+    return dict(zip(names, in_parallel(score, names, observer), strict=True))
 
 
 def _noised(

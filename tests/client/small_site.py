@@ -11,8 +11,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 from torch import Tensor
 
+from client.scoring.score import SiteScores
 from client.site import Site
-from client.work import SiteWork, Task
+from client.work import Scored, SiteWork, Task
 from common.adversary.critic import build_critic
 from common.generator.network import build_generator, weights_of
 from common.generator.weights import Weights
@@ -202,9 +203,7 @@ class QuickWork:
             arrays["critic.weight"] = np.ones(3, np.float32)
         return Weights(arrays), {"critic": torch.tensor([before + noise, float(order.round)])}
 
-    def _score(
-        self, order: ScoreOrder, task: Task, audit_plan: AuditPlan, kept: Mapping[str, Tensor] | None
-    ) -> tuple[tuple[NoisedHistogram, ...], bool | None]:
+    def _score(self, order: ScoreOrder, task: Task, audit_plan: AuditPlan, kept: Mapping[str, Tensor] | None) -> Scored:
         self.calls.append("score")
         histograms = tuple(
             NoisedHistogram(
@@ -216,7 +215,7 @@ class QuickWork:
             for name, asked in audit_plan.answers.items()
             for group in asked.groups
         )
-        return histograms, kept is None
+        return Scored(scores=SiteScores(histograms=histograms, review=()), critic_tells=kept is None)
 
     def _utility(self, order: UtilityOrder, task: Task, head: LedgerHead) -> UtilityReply:
         self.calls.append(f"utility {order.source}")

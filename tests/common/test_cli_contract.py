@@ -235,6 +235,7 @@ def test_every_declared_command_is_installed_and_explains_itself(capsys):
         "phantom",
         "doctor",
         "site ledger",
+        "site near-copies",
     }
     assert run(["--help"]) == 0
     assert "(not installed)" not in capsys.readouterr().out

@@ -44,7 +44,7 @@ def cohort(members: int, nonmembers: int, *, without: str | None = None, changed
 def answer(who: Cohort, stream: SecureStream, plan: AuditPlan = PLAN) -> dict[tuple[str, str], np.ndarray]:
     histograms = score_site(
         cohort=who, generator=GENERATOR, reference=REFERENCE, plan=plan, seed=7, stream=stream, observer=ignore
-    )
+    ).histograms
     return {(h.endpoint, h.group): np.array(h.counts) for h in histograms}
 
 

@@ -27,7 +27,7 @@ def inverter(generator: torch.nn.Module, steps: int) -> Inverter:
 
 
 def separation(attack: Inversion | NearCopy) -> float:
-    return auc([attack.raw(x) for x in MEMBERS], [attack.raw(x) for x in STRANGERS])
+    return auc([attack.raw(x) for x in MEMBERS], [attack.raw(x) for x in STRANGERS[:14]])
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_patients_whom_sampling_does_not_show_are_found_in_the_weights(attack, l
 
 def test_a_generator_that_remembers_other_people_separates_nobody(reference):
     score = separation(Inversion(inverter(memoriser(PUBLIC_A, OTHERS), steps=10), reference))
-    assert 0.2 < score < 0.8  # two standard deviations of an AUC of 8 against 20 are 0.24
+    assert 0.2 < score < 0.8  # two standard deviations of an AUC of 8 against 14 are 0.26
 
 
 def test_steps_down_the_gradient_bring_volumes_closer_to_every_scan(public, reference):

@@ -42,7 +42,7 @@ def audit(generator: nn.Module) -> AuditResult:
         seed=3,
         stream=SecureStream.from_seed(4),
         observer=ignore,
-    )
+    ).histograms
     reply = ScoreReply(
         study_digest="s",
         weights_digest="w",

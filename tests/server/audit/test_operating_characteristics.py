@@ -16,7 +16,7 @@ from common.attacks.patient import PatientScore, score_patient
 from common.attacks.suite import Material, Suite, Unit, build_suite
 from common.measure.audit_plan import AuditPlan, Endpoint
 from common.settings.study import Question
-from server.audit.result import AuditResult, Verdict
+from server.audit.result import Verdict
 from tests.drawn_federations import ScoredSite, drawn_audit, fine_endpoints
 from tests.planted_leaks import CALIBRATION, Scene, draw_scene, score_people
 from tests.stored_pairs import noise_pairs
@@ -170,8 +170,7 @@ def guessing_suite() -> Suite:
     )
 
 
-def audit_of_guesses(planted_fraction: float) -> AuditResult:
-    """Patients who were really copied, scored by attacks that guess."""
+def test_attacks_that_guess_are_inconclusive_for_no_reason_but_the_planted_copies_that_escape_them():
     suite, patients = guessing_suite(), noise_pairs(2, 60)
 
     def score(number: int) -> PatientScore:
@@ -179,16 +178,8 @@ def audit_of_guesses(planted_fraction: float) -> AuditResult:
         scan = patients[number % len(patients)][None]
         return score_patient(scan, member=False, suite=suite, planted_fraction=1.0, coins=coins)
 
-    site = ScoredSite(strangers=[score(i) for i in range(300)], copied=[])
-    p = dataclasses.replace(plan(members=800, nonmembers=800, epsilon=None), planted_fraction=planted_fraction)
-    return drawn_audit(p, dict.fromkeys(p.sites, site), np.random.default_rng(4))
-
-
-def test_attacks_that_guess_are_inconclusive_because_planted_copies_escape_them():
-    result = audit_of_guesses(planted_fraction=0.5)
+    site = ScoredSite(strangers=[score(i) for i in range(900)], copied=[])
+    p = dataclasses.replace(plan(members=800, nonmembers=800, epsilon=4.0), planted_fraction=0.5)
+    result = drawn_audit(p, dict.fromkeys(p.sites, site), np.random.default_rng(4))
     assert result.verdict is Verdict.INCONCLUSIVE
-    missed = [reason for reason in result.reasons if "missed planted copies" in reason]
-    assert len(missed) == len(result.endpoints)
-    assert all(e.tpr_upper.value <= 0.06 and e.null.passed for e in result.endpoints), (
-        "nothing else would have stopped it"
-    )
+    assert all("missed planted copies" in reason for reason in result.reasons)
