@@ -224,6 +224,7 @@ def test_every_declared_command_is_installed_and_explains_itself(capsys):
     assert declared == {
         "simulate",
         "audit",
+        "audit synthetic",
         "audit verify",
         "release",
         "release nnunet",
