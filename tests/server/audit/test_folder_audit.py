@@ -86,7 +86,7 @@ def test_a_generator_that_repeats_its_members_in_disguise_fails_and_the_pairs_ar
     assert found.result.verdict is Verdict.FAIL
     named = {(pair.synthetic, pair.member) for pair in found.near_copies.pairs}
     assert {(f"s{i:04d}.nii.gz", f"m{i:04d}.nii.gz") for i in range(20)} <= named
-    assert found.near_copies.members_beyond >= 20
+    assert 20 <= found.near_copies.members_beyond < 25
     assert found.near_copies.held_out < min(pair.similarity for pair in found.near_copies.pairs[:20])
 
 
@@ -139,8 +139,10 @@ def test_a_synthetic_volume_that_could_not_be_read_keeps_a_pass_away_but_not_a_l
     torn = (Unread(name="s9999.nii.gz", reason="values that are not finite"),)
     given = dataclasses.replace(SMALL, synthetic=dataclasses.replace(SMALL.synthetic, unread=torn))
     assert "s9999.nii.gz: values that are not finite" in reasons(audit(given))
-    leaking = with_synthetic(given, (*given.synthetic.scans, scan("copy", given.members.scans[0].pair)))
-    assert audit(leaking).result.verdict is Verdict.FAIL
+    copies = folder("c", disguised(people(1, 20).astype(np.float32), "shift", 1).astype(np.float16)).scans
+    leaking = audit(with_synthetic(given, (*given.synthetic.scans, *copies)))
+    assert leaking.result.verdict is Verdict.FAIL
+    assert "s9999.nii.gz" in reasons(leaking)
 
 
 def test_volumes_of_another_extent_are_told():
@@ -238,9 +240,11 @@ def read(tmp_path: Path, **paths: Path) -> Folders:
 
 
 def test_a_flat_folder_is_a_patient_a_file_and_the_synthetic_volumes_decide_the_grid(tmp_path):
-    big = np.random.default_rng(0).normal(size=(40, 24, 16)).astype(np.float32)
+    big = np.random.default_rng(0).normal(size=(16, 40, 24)).astype(np.float32)
+    affine = np.diag([0.0, 0.0, 0.0, 1.0])
+    affine[2, 0] = affine[0, 1] = affine[1, 2] = 2.0  # stored as superior, right, anterior
     for i in range(2):
-        save(tmp_path / "s" / f"x{i}.nii.gz", big + i)
+        save(tmp_path / "s" / f"x{i}.nii.gz", big + i, affine)
     found = read(tmp_path, synthetic=tmp_path / "s")
     assert found.grid == Grid(shape=(32, 24, 16), spacing_mm=(2.5, 2.0, 2.0))
     assert sorted(found.members.by_patient()) == ["case_0000", "case_0001", "case_0002"]
