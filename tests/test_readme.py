@@ -116,7 +116,7 @@ def test_every_command_line_shown_can_be_typed(page):
             case ["make", target, *_]:
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), line
             case ["consilium", *words]:
-                command = next((words[:n] for n in (1, 2) if " ".join(words[:n]) in INSTALLED), None)
+                command = next((words[:n] for n in (2, 1) if " ".join(words[:n]) in INSTALLED), None)
                 assert command is not None, line
                 options = {word for word in words if word.startswith("--")}
                 assert options <= set(re.findall(r"--[\w-]+", help_text(*command))), line

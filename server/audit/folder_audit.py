@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.attacks.features import DIMENSIONS
 from common.attacks.near_copy import NearCopy
 from common.attacks.patient import PatientScore, count, in_parallel, score_patient
 from common.attacks.suite import Material, Suite, build_suite, build_suite_alone
@@ -123,7 +124,7 @@ def folder_plan(folders: Folders, study: Study | None, *, with_generator: bool) 
     there = {AttackName.NEAR_COPY, AttackName.NEAREST}
     if with_generator:
         there.add(AttackName.INVERSION)
-    if folders.reference is not None:
+    if folders.reference is not None and len(folders.reference.scans) >= DIMENSIONS < len(folders.synthetic.scans):
         there |= {AttackName.DENSITY_RATIO, AttackName.SUBSTITUTE}
     attacks = tuple(name for name in (audit.attacks if study else AttackName) if name in there)
     volumes, reference = len(folders.synthetic.scans), folders.reference

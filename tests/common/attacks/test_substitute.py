@@ -45,16 +45,17 @@ def test_an_own_copy_pulls_as_one_more_fitted_volume_would():
         )
 
 
-def test_the_fit_is_at_the_minimum_also_where_the_classes_lie_far_apart():
-    rng = torch.Generator().manual_seed(1)
-    for gap in (0.5, 50.0):
-        inside = torch.randn(100, 4, generator=rng, dtype=torch.float64) + gap
-        outside = torch.randn(80, 4, generator=rng, dtype=torch.float64)
-        beta = _Logistic.fit(inside, outside).coefficients.requires_grad_()
-        losses = torch.nn.functional.softplus
-        total = 0.8 * losses(-inside @ beta).sum() + losses(outside @ beta).sum() + beta @ beta / 20
-        (gradient,) = torch.autograd.grad(total, beta)
-        assert gradient.abs().max() < 1e-4
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_fit_is_at_the_minimum_also_where_whole_newton_steps_run_away(seed):
+    rng = torch.Generator().manual_seed(seed)
+    z = torch.randn(120, 8, generator=rng, dtype=torch.float64)
+    z = z * torch.exp(3 * torch.randn(120, 1, generator=rng, dtype=torch.float64))  # few volumes, far outside
+    terms = torch.cat([z, z**2 - 1, torch.ones(120, 1, dtype=torch.float64)], dim=1)
+    beta = _Logistic.fit(terms[:60], terms[60:]).coefficients.requires_grad_()
+    softplus = torch.nn.functional.softplus
+    loss = softplus(-terms[:60] @ beta).sum() + softplus(terms[60:] @ beta).sum() + beta @ beta / 20
+    (gradient,) = torch.autograd.grad(loss, beta)
+    assert gradient.abs().max() < 1e-2  # 1e6 where they ran away
 
 
 def test_volumes_all_alike_and_blank_scans_have_finite_scores():
