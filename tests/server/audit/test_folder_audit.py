@@ -188,6 +188,10 @@ def test_the_plan_asks_only_what_there_is_material_for_and_survives_its_own_json
     assert AuditPlan.from_json(plan.to_json()) == plan
     white = folder_plan(LEAKLESS, None, with_generator=True)
     assert AttackName.INVERSION in white.attacks
+    for reference, density in ((63, False), (64, True)):
+        public = folders(people(1, 1), people(2, 1), people(3, 65))
+        public = dataclasses.replace(public, reference=folder("r", people(8, reference)))
+        assert (AttackName.DENSITY_RATIO in folder_plan(public, None, with_generator=False).attacks) == density
     labelled = folder_plan(dataclasses.replace(LEAKLESS, labels={1: "lesion"}), None, with_generator=False)
     assert Question.LABEL_SIZE in labelled.questions
 
