@@ -31,6 +31,7 @@ from common.settings.study import AttackName
 
 _SPREADS = 2.5  # robust standard deviations from the middle of public scores to the ends of the unit
 _ALIKE = 1e-5  # public scores that vary less than this (raw unit) say that all volumes are one
+_SUBSTITUTE_WEIGHT = 0.25
 _REACH = 2.0  # what one attack may add to the fused score, from -1 to this: an outlier must not drown the others
 
 
@@ -70,11 +71,16 @@ class Suite:
 
 
 def fuse(scores: Mapping[AttackName, float]) -> float:
-    """Mean of the attacks' scores in their public units, each cut to -1 .. 2; NaN if any is.
+    """Weighted mean of the attacks' scores in their public units, each cut to -1 .. 2; NaN if any is.
 
-    Equal weights, fixed before any score exists: weights fitted on members would be one more use of their data.
+    Weights are fixed before any score exists: fitted on members they would be one more use of their data. The substitute
+    classifier counts less, because single copies do not move it (docs/decisions/0015).
     """
-    return math.fsum(min(max(s, -1.0), _REACH) if not math.isnan(s) else s for s in scores.values()) / len(scores)
+    if any(map(math.isnan, scores.values())):
+        return math.nan
+    weights = {name: _SUBSTITUTE_WEIGHT if name is AttackName.SUBSTITUTE else 1.0 for name in scores}
+    cut = {name: min(max(score, -1.0), _REACH) for name, score in scores.items()}
+    return math.fsum(weights[name] * cut[name] for name in scores) / math.fsum(weights.values())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

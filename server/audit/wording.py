@@ -330,7 +330,7 @@ def _visible(audit: AuditResult) -> str:
     caught = (
         "Copies that were planted on purpose were caught, and used patients could not be told from other used patients."
         if audit.controls_caught
-        else "The audit's own controls did not behave as they must, so its numbers show nothing."
+        else "The audit's own controls did not all behave as they must, so that its numbers rule nothing out."
     )
     if copies is None or copies >= 1:
         return (
