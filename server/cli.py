@@ -137,7 +137,9 @@ def _bypass(run: RunFolder, out: Path, reason: str, *, as_json: bool) -> None:
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a run or of a release.", show_default=False)],
     *,
-    pdf: Annotated[Path | None, typer.Option(help="Also write the report as PDF (extra `pdf`, system's Pango).")] = None,
+    pdf: Annotated[
+        Path | None, typer.Option(help="Also write the report as PDF (extra `pdf`, system's Pango).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the summary of a run or a release, and where its report is."""

@@ -50,8 +50,8 @@ from server.release.bundle import (
     write_refusal,
     write_release,
 )
-from server.release.gate import Decision, decide
 from server.release.evidence import ReleaseEvidence, SiteStatement
+from server.release.gate import Decision, decide
 from server.release.policies import default_policies
 from server.round import training_epsilon
 from server.run_folder import RunFolder

@@ -73,8 +73,8 @@ class Suite:
 def fuse(scores: Mapping[AttackName, float]) -> float:
     """Weighted mean of the attacks' scores in their public units, each cut to -1 .. 2; NaN if any is.
 
-    Weights are fixed before any score exists: fitted on members they would be one more use of their data. The substitute
-    classifier counts less, because single copies do not move it (docs/decisions/0015).
+    Weights are fixed before any score exists: fitted on members they would be one more use of their data. The
+    substitute classifier counts less, because single copies do not move it (docs/decisions/0015).
     """
     if any(map(math.isnan, scores.values())):
         return math.nan

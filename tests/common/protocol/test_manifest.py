@@ -66,7 +66,9 @@ HISTOGRAMS = tuple(
     for e in AUDIT.endpoints
     for g in Group
 ) + tuple(
-    NoisedHistogram(endpoint=q.value, group=g.value, counts=(3,) * AUDIT.answers[q].bins, epsilon=AUDIT.answers[q].epsilon)
+    NoisedHistogram(
+        endpoint=q.value, group=g.value, counts=(3,) * AUDIT.answers[q].bins, epsilon=AUDIT.answers[q].epsilon
+    )
     for q in (Question.LABEL_SIZE, Question.BLIND)
     for g in AUDIT.answers[q].groups
 )
