@@ -185,8 +185,8 @@ class AuditSettings(Settings):
     attacks: what enters the fused score, the primary one; `near_copy` and `inversion` are also reported alone.
     inversion_steps: of the search in the latent space, for each scan. volumes: synthetic, drawn by every site.
     epsilon_per_answer: pure epsilon of each noised histogram that leaves a site.
-    questions: asked beside the scores. `blind` costs epsilon_per_answer and is needed only where the groups were not
-    drawn by coins. epsilon_per_question: of each other one, whose counts need less precision.
+    questions: asked beside the scores. `blind` costs epsilon_per_answer and is needed only where no coins drew
+    the groups. epsilon_per_question: of each other one, whose counts need less precision.
     canaries: gradients of nobody in each site's training, to hear whether the promised noise is there; 0 for none. Three
     sites of 400 could refute a claim of epsilon up to about 9, one alone up to about 8; they cost little time.
     false_positive_rate: where the true-positive rate is read; 0.01 unless a study states coarser.
