@@ -187,7 +187,7 @@ class AuditSettings(Settings):
     epsilon_per_answer: pure epsilon of each noised histogram that leaves a site.
     questions: asked beside the scores. `blind` costs epsilon_per_answer and is needed only where no coins drew
     the groups. epsilon_per_question: of each other one, whose counts need less precision.
-    canaries: gradients of nobody in each site's training, to hear whether the promised noise is there; 0 for none. Three
+    canaries: gradients of nobody in each training, to hear whether the promised noise is there; 0 for none. Three
     sites of 400 could refute a claim of epsilon up to about 9, one alone up to about 8; they cost little time.
     false_positive_rate: where the true-positive rate is read; 0.01 unless a study states coarser.
     """
