@@ -30,6 +30,7 @@ from common.settings.site import OrderKind
 from common.settings.study import Study
 
 REAL_QUESTION = "utility.real"  # how the ledger names an exact answer about a segmenter trained at home
+_MOST_SITES = 1000
 _LARGEST_SEED = 2**63 - 1
 
 PaidOrder = WarmUpOrder | TrainOrder | ScoreOrder | UtilityOrder  # what costs budget, and is therefore answered once
@@ -106,11 +107,13 @@ def check_public(order: EnrolOrder, study: Study) -> None:
         raise OrderRefused(RefusalCode.DIGEST, f"public weights do not fit the study: {error}") from error
 
 
-def check_content(order: PaidOrder, study: Study, *, start: Weights, last_round: int, released: bool = False) -> None:
+def check_content(
+    order: PaidOrder, study: Study, *, start: Weights, last_round: int, released: bool, site: str
+) -> None:
     """Refuse what is stale or is not what its digest says.
 
     start: the public generator of the enrolment; its names and shapes are the study's. last_round: last one done, or 0.
-    released: whether a warm-up was answered before.
+    released: whether a warm-up was answered before. site: this site's own name.
     """
     match order:
         case WarmUpOrder():
@@ -124,7 +127,7 @@ def check_content(order: PaidOrder, study: Study, *, start: Weights, last_round:
                 )
         case ScoreOrder():
             _check_weights(order, start)
-            _check_audit(order, study, start, took_part=released or last_round > 0)
+            _check_audit(order, study, start, site=site, took_part=released or last_round > 0)
         case UtilityOrder():
             if (order.segmenter is None) != (order.source is SegmenterSource.REAL):
                 raise OrderRefused(RefusalCode.DIGEST, "a segmenter is brought exactly when it was trained elsewhere")
@@ -162,7 +165,7 @@ def _check_weights(order: TrainOrder | ScoreOrder, start: Weights) -> None:
         raise OrderRefused(RefusalCode.DIGEST, "the weights are no generator of this study; nothing was done")
 
 
-def _check_audit(order: ScoreOrder, study: Study, start: Weights, *, took_part: bool) -> None:
+def _check_audit(order: ScoreOrder, study: Study, start: Weights, *, site: str, took_part: bool) -> None:
     if not took_part:
         raise OrderRefused(RefusalCode.DIGEST, "this site gave nothing to the study's generator; nothing was scored")
     if order.reference_digest != start.digest:
@@ -170,6 +173,8 @@ def _check_audit(order: ScoreOrder, study: Study, start: Weights, *, took_part: 
     plan = audit_plan(order)
     if plan.digest != order.audit_plan_digest:
         raise OrderRefused(RefusalCode.DIGEST, "the audit plan is not what its digest says; nothing was scored")
+    if site not in plan.sites or len(plan.sites) > _MOST_SITES:  # any other list would be a new plan, and a new answer
+        raise OrderRefused(RefusalCode.POLICY, "the audit plan is not one of this site; nothing was scored")
     if plan != make_plan(study, plan.sites) or order.volumes != plan.volumes:
         raise OrderRefused(RefusalCode.POLICY, "the audit plan is not the one that the approved study prescribes")
     _check_seed(order.seed)

@@ -287,11 +287,14 @@ class Site:
             start=enrolled.order.public_generator,
             last_round=enrolled.store.last_round(),
             released=enrolled.store.released(),
+            site=self._settings.site,
         )
         with self._budget.reserved(order, enrolled.study, enrolled.store) as reserved:  # (5)
-            task = self._task(order, enrolled)  # (6)
+            task = self._task(order, enrolled)
+            if isinstance(order, ScoreOrder):  # of public material alone: what fails here is given back
+                task = replace(task, suite=self._work.suite(order, task, audit_plan(order)))
             state = enrolled.store.last_state() if isinstance(order, TrainOrder | ScoreOrder) else None
-            reply, kept = self._do(order, task, state, reserved.spend())
+            reply, kept = self._do(order, task, state, reserved.spend())  # (6)
             if kept is not None and isinstance(order, TrainOrder):  # (7)
                 enrolled.store.save_state(order.round, kept)
             enrolled.store.save_reply(order, reply)

@@ -16,15 +16,18 @@ from torch import Tensor
 
 from client.cohort import Cohort
 from client.ingest import ingest
+from client.orders import OrderRefused
 from client.randomness import SecureStream
 from client.scoring import utility
 from client.scoring.critic_control import critic_tells, randomised_response
-from client.scoring.score import SiteScores, score_site
+from client.scoring.score import SiteScores, public_suite, score_site
 from client.training.canaries import canaries_of
 from client.training.compute import Compute
 from client.training.loop import train_round
 from client.training.state import GameState
 from client.training.warm_up import release
+from common.attacks.suite import Suite
+from common.errors import DataError
 from common.evidence.atomic import write_atomic
 from common.generator.network import generator_from
 from common.generator.weights import Weights
@@ -35,6 +38,7 @@ from common.phantom.scanner import site_scanner
 from common.privacy.mechanism import Plan
 from common.protocol.messages import (
     LedgerHead,
+    RefusalCode,
     ScoreOrder,
     TrainOrder,
     UtilityOrder,
@@ -55,6 +59,7 @@ class Task:
     stream: keyed for this order alone. canaries: the site's secret stream for this study's canaries, the same in every
     round. public_critic, public_generator: as the study was enrolled with.
     reference_set: folder of scans that an audit may compare with at no cost; None where the site has none.
+    suite: the attacks, for a score order.
     """
 
     study: Study
@@ -67,6 +72,7 @@ class Task:
     research_answers: bool
     reference_set: Path | None
     observer: Observer
+    suite: Suite | None = None
 
 
 def read_patients(settings: SiteSettings, study: Study, observer: Observer) -> Mapping[str, NDArray[np.float16]]:
@@ -127,22 +133,28 @@ class Scored:
     critic_tells: bool | None
 
 
-def score(order: ScoreOrder, task: Task, plan: AuditPlan, kept: Mapping[str, Tensor] | None) -> Scored:
-    """Score every patient against volumes of the order's generator and of the public start; the critic's noised bit.
+def public_suite_of(order: ScoreOrder, task: Task, plan: AuditPlan) -> Suite:
+    """Everything that scoring needs beside patients. Raises PolicyRefusal, or OrderRefused(DIGEST) for bad weights."""
+    try:
+        return public_suite(
+            generator=generator_from(task.study, order.weights),
+            reference=generator_from(task.study, task.public_generator),
+            plan=plan,
+            seed=order.seed,
+            consented=_consented(task),
+        )
+    except DataError as bad:
+        raise OrderRefused(RefusalCode.DIGEST, f"the order's generator cannot be attacked: {bad}") from bad
 
-    kept: what the last done round left. A site that has trained no round has no critic that could tell.
+
+def score(order: ScoreOrder, task: Task, plan: AuditPlan, kept: Mapping[str, Tensor] | None) -> Scored:
+    """Score every patient with the task's suite; the critic's noised bit.
+
+    order: answered. kept: what the last done round left; a site that has trained none has no critic that could tell.
     """
-    scores = score_site(
-        cohort=task.cohort,
-        generator=generator_from(task.study, order.weights, task.compute.device),
-        reference=generator_from(task.study, task.public_generator, task.compute.device),
-        plan=plan,
-        seed=order.seed,
-        stream=task.stream,
-        observer=task.observer,
-        consented=_consented(task),
-        device=task.compute.device,
-    )
+    if task.suite is None:
+        raise ValueError(f"scoring {order.weights_digest[:8]} needs its suite")
+    scores = score_site(cohort=task.cohort, suite=task.suite, plan=plan, stream=task.stream, observer=task.observer)
     if Question.CRITIC not in plan.questions or plan.epsilon_per_question is None:
         return Scored(scores=scores, critic_tells=None)
     tells = kept is not None and critic_tells(task.study, kept, task.cohort, task.compute.device)
@@ -178,5 +190,6 @@ class SiteWork:
     patients: Callable[[SiteSettings, Study, Observer], Mapping[str, NDArray[np.float16]]] = read_patients
     warm_up: Callable[[WarmUpOrder, Task], tuple[float, ...]] = warm_up
     train: Callable[[TrainOrder, Task, Mapping[str, Tensor] | None], tuple[Weights, Mapping[str, Tensor]]] = train
+    suite: Callable[[ScoreOrder, Task, AuditPlan], Suite | None] = public_suite_of
     score: Callable[[ScoreOrder, Task, AuditPlan, Mapping[str, Tensor] | None], Scored] = score
     utility: Callable[[UtilityOrder, Task, LedgerHead], UtilityReply] = measure_utility

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Final
 
 import rfc8785
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -38,6 +40,10 @@ from server.audit.verdict import judge
 from server.evidence_log import append_once
 from server.mechanism_stage import rejudge_mechanism
 from server.sites import NoReply, Sites
+
+_PROSE: Final = frozenset({"reasons", "question", "method", "assumption"})  # fields of sentences in a result
+_SAME_RELATIVE: Final = 1e-6  # of two numbers that were computed from the same answers, on different machines
+_SAME_ABSOLUTE: Final = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +251,7 @@ def _damaged(path: Path) -> IntegrityError:
 def rejudge(study: Study, folder: AuditFolder) -> tuple[AuditResult, bool]:
     """The verdict on the stored answers, reached again; and whether it is the one that was recorded.
 
+    The recorded result itself where it is: its digest is the one that chain and decision name.
     Raises UsageError when the run has not been audited yet.
     """
     plan, answers = folder.plan(), folder.answers()
@@ -253,6 +260,36 @@ def rejudge(study: Study, folder: AuditFolder) -> tuple[AuditResult, bool]:
             f"the run has no answers of its sites yet ({folder.path}); nothing was judged. Resume the run."
         )
     judged = judge(plan, answers.replies, study.release, participants=answers.participants)
-    result = replace(judged, mechanism=rejudge_mechanism(study, plan_of(study), folder.path))
-    recorded = folder.result_file.is_file() and folder.result_file.read_text(encoding="utf-8") == result.to_json()
-    return result, recorded
+    again = replace(judged, mechanism=rejudge_mechanism(study, plan_of(study), folder.path))
+    recorded = folder.result_file.read_text(encoding="utf-8") if folder.result_file.is_file() else "null"
+    try:
+        if _agree(json.loads(recorded), json.loads(again.to_json())):
+            return AuditResult.from_json(recorded), True
+    except ValueError:  # not JSON, or no result: then it is not the one reached again
+        pass
+    return again, False
+
+
+def _agree(recorded: object, again: object, name: str = "") -> bool:
+    """Whether two results in JSON say the same, apart from rounding and from how sentences are worded.
+
+    name: of the field. Sums differ in their last digits with the number of threads, and a later version may word a
+    reason otherwise, but never have none; a field that an earlier version did not know is absent there, here null.
+    """
+    match recorded, again:
+        case dict(), dict():
+            keys = recorded.keys() | again.keys()
+            same = all(_agree(recorded.get(key), again.get(key), key) for key in keys)
+        case (list(), list()) if name in _PROSE:
+            same = bool(recorded) == bool(again)
+        case list(), list():
+            same = len(recorded) == len(again) and all(map(_agree, recorded, again))
+        case str(), str():
+            same = name in _PROSE or recorded == again
+        case (bool(), _) | (_, bool()):  # before the numbers: in Python, True is one
+            same = recorded is again
+        case (int() | float(), int() | float()):
+            same = math.isclose(recorded, again, rel_tol=_SAME_RELATIVE, abs_tol=_SAME_ABSOLUTE)
+        case _:
+            same = recorded is None and again is None
+    return same

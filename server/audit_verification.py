@@ -1,12 +1,14 @@
 """Whether an audit was conducted as it should have been, from what it left: offline, without a site and without trust.
 
 (1) a bundle verifies as such; of a run, the evidence chain holds
-(2) the plan was signed by the auditor's key, and signature and digest were in the chain before any round and any answer
-(3) the stored answers are those that the chain recorded, to this plan and to the generator that was asked about
+(2) the plan is the one that the study prescribes for the sites that enrolled; it was signed by the auditor's key, and
+    signature and digest were in the chain before any warm-up, any round, any canary and any answer
+(3) the stored answers, those about canaries too, are those that the chain recorded: to this plan, to the generator
+    that was asked about, and of the sites that the decision names
 (4) judged again, they give the recorded result, which is the one that the decision names
-(5) each answer that was used is named in the receipt that its site signed
+(5) each answer that was used is named in the receipt that its site signed; for a release each has one
 (6) each site's epsilon follows from the mechanisms in its receipt
-(7) the report carries the decision
+(7) the signed report carries the decision; the copy beside a run is not signed, and is held to that only
 """
 
 from __future__ import annotations
@@ -32,20 +34,26 @@ from common.evidence.predicate import (
     ROUND_RECORD,
     CohortEpsilon,
     DecisionFacts,
+    Outcome,
 )
 from common.evidence.receipt import read_receipt
 from common.evidence.signing import Purpose, open_json, read_public_key_hex
-from common.evidence.verification import DECISION, EVIDENCE, REPORT, verify_bundle
+from common.evidence.verification import DECISION, EVIDENCE, REPORT, STUDY, verify_bundle
+from common.measure.audit_plan import make_plan
 from common.privacy.accounting import epsilon
 from common.privacy.mechanism_json import parse_mechanism
 from common.protocol import codec
-from common.settings.load import parse_study
+from common.settings.load import parse_study, study_digest
 from common.settings.study import Study
 from server.audit.result import AuditResult
 from server.audit_stage import Answers, AuditFolder, rejudge
-from server.release.bundle import AUDIT, STUDY
+from server.enrolment import enrolment_from
+from server.mechanism_stage import CANARIES_FILE, CANARIES_RECORD
+from server.release.bundle import AUDIT
 from server.run_folder import RunFolder, read_decision
+from server.warm_up import WARM_UP_RECORD
 
+_ASKED: Final = (WARM_UP_RECORD, ROUND_RECORD, CANARIES_RECORD, ANSWERS_RECORD)  # sites have answered something
 _TOLERANCE: Final = 1e-6  # of an epsilon that another machine computed from the same mechanisms
 
 
@@ -60,7 +68,10 @@ class AuditVerified:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Audit:
-    """Where the parts of one audit lie. bundle: the signed outcome, where the receipts are."""
+    """Where the parts of one audit lie. bundle: the signed outcome, where receipts and the signed report are.
+
+    report: the one that lies beside the audit, of a run an unsigned copy.
+    """
 
     study: Study
     records: Sequence[Record]
@@ -68,6 +79,11 @@ class _Audit:
     report: Path
     bundle: Path
     decision: DecisionFacts
+
+    @property
+    def signed_report(self) -> Path:
+        """The report under the auditor's signature."""
+        return self.bundle / REPORT
 
 
 def verify_audit(path: Path, *, trusted_key: bytes | None, now: datetime) -> AuditVerified:
@@ -90,17 +106,16 @@ def verify_audit(path: Path, *, trusted_key: bytes | None, now: datetime) -> Aud
     except IntegrityError as damage:
         raise VerificationFailed(str(damage)) from damage
     receipts = _check_receipts(audit, answers)  # (5) (6)
-    if audit.decision.id not in audit.report.read_text(encoding="utf-8"):  # (7)
-        raise VerificationFailed(f"{audit.report.name}: does not carry the decision {audit.decision.id[:16]}...")
+    report = _check_report(audit)  # (7)
     return AuditVerified(
         result=result,
         decision=audit.decision,
         findings=(
-            "the plan was signed before any round and any answer",
+            "the plan is the study's, and was signed before the sites answered anything",
             f"answers of {len(answers.replies)} sites, as the evidence chain recorded them",
             "judged again they give the recorded result, which the decision names",
             f"receipts of {receipts} sites name the answers that were used, and their epsilon follows from them",
-            "the report carries the decision",
+            report,
         ),
     )
 
@@ -120,16 +135,24 @@ def _opened(path: Path, trusted_key: bytes | None, now: datetime) -> _Audit:
     else:
         raise UsageError(f"{path} is neither a run, its audit nor a release; nothing was verified.")
     verify_bundle(bundle, trusted_key=trusted_key, now=now)
+    if not (bundle / STUDY).is_file():
+        raise VerificationFailed(f"{STUDY}: is missing, and with it what the audit has to be judged by")
     signed = (bundle / EVIDENCE).read_bytes()
     if bundle != path and not run.evidence.read_bytes().startswith(signed):
         raise VerificationFailed(f"{run.evidence.name}: does not begin with the records that were signed")
+    study, decision = parse_study((bundle / STUDY).read_text(encoding="utf-8")), read_decision(bundle)
+    if study_digest(study) != decision.study_digest:
+        raise VerificationFailed(
+            f"{STUDY}: this version of Consilium does not read it as the study that the decision is about; "
+            f"nothing was judged. Verify with the version that wrote it, which {DECISION} names."
+        )
     return _Audit(
-        study=parse_study((bundle / STUDY).read_text(encoding="utf-8")),
+        study=study,
         records=read_chain(signed, EVIDENCE),
         folder=folder,
         report=report,
         bundle=bundle,
-        decision=read_decision(bundle),
+        decision=decision,
     )
 
 
@@ -141,11 +164,17 @@ def _check_plan(audit: _Audit) -> str:
     fixed = _first(audit.records, PLAN_RECORD, sealed=sha256_hex(sealed))
     if fixed is None or fixed.body.get("plan_digest") != plan.digest:
         raise VerificationFailed(f"{name}: the evidence chain does not record this plan and its signature")
-    too_early = _first(audit.records, ROUND_RECORD), _first(audit.records, ANSWERS_RECORD)
-    if any(other is not None and other.index < fixed.index for other in too_early):
+    if any(record.kind in _ASKED and record.index < fixed.index for record in audit.records):
         raise VerificationFailed(f"{name}: was put on record after the sites had begun to answer")
-    enrolment = _first(audit.records, ENROLMENT_RECORD)
-    key = read_public_key_hex(str(enrolment.body.get("coordinator_key")) if enrolment else "", "the auditor's key")
+    enrolments = [record for record in audit.records if record.kind == ENROLMENT_RECORD]
+    if len(enrolments) != 1:
+        raise VerificationFailed(f"{EVIDENCE}: records {len(enrolments)} enrolments, where a run has one")
+    if plan != make_plan(audit.study, enrolment_from(enrolments[0], audit.decision.study_digest).names):
+        raise VerificationFailed(
+            f"{audit.folder.plan_file.name}: is not the plan that the study prescribes for the sites that enrolled, "
+            "or was made by another version of Consilium"
+        )
+    key = read_public_key_hex(str(enrolments[0].body.get("coordinator_key")), "the auditor's key")
     body = open_json(sealed, name, key=key, purpose=Purpose.AUDIT_PLAN)
     if sha256_hex(canonical_json(body)) != plan.digest:
         raise VerificationFailed(f"{name}: is not the plan in {audit.folder.plan_file.name}")
@@ -164,7 +193,23 @@ def _check_answers(audit: _Audit, plan_digest: str) -> Answers:
     for site, reply in answers.replies.items():
         if (reply.audit_plan_digest, reply.weights_digest) != (plan_digest, audit.decision.generator_digest):
             raise VerificationFailed(f"{name}: the answer of {site} is to another question")
+    named, asked_sites = set(audit.decision.sites), set(answers.participants)
+    # A refusal may be because a site made no statement; then the decision cannot name it.
+    strangers = named ^ asked_sites if audit.decision.outcome is Outcome.RELEASE else named - asked_sites
+    if strangers:
+        raise VerificationFailed(f"{name}: the audit and the decision are not about the same sites: {min(strangers)}")
+    _check_canaries(audit)
     return answers
+
+
+def _check_canaries(audit: _Audit) -> None:
+    """Step (3) for what the sites guessed about canaries, where there were any."""
+    file = audit.folder.path / CANARIES_FILE
+    recorded = _last(audit.records, CANARIES_RECORD)
+    if recorded and not file.is_file():
+        raise VerificationFailed(f"{file.name}: is missing, and with it what the evidence chain recorded of canaries")
+    if file.is_file() and recorded.get("sha256") != sha256_hex(file.read_bytes()):
+        raise VerificationFailed(f"{file.name}: is not what the evidence chain recorded; guesses were changed")
 
 
 def _check_result(audit: _Audit) -> AuditResult:
@@ -173,10 +218,11 @@ def _check_result(audit: _Audit) -> AuditResult:
     name = audit.folder.result_file.name
     if not as_recorded:
         raise VerificationFailed(f"{name}: the stored answers, judged again, do not give this result")
-    if _last(audit.records, RESULT_RECORD).get("result_digest") != result.digest:
+    digest = sha256_hex(audit.folder.result_file.read_bytes())
+    if _last(audit.records, RESULT_RECORD).get("result_digest") != digest:
         raise VerificationFailed(f"{name}: is not the result that the evidence chain recorded")
     named = audit.decision.audit
-    if named is None or (named.result_digest, named.verdict) != (result.digest, result.verdict.value):
+    if named is None or (named.result_digest, named.verdict) != (digest, result.verdict.value):
         raise VerificationFailed(f"{name}: is not the result that the decision names")
     if _last(audit.records, DECISION_RECORD).get("decision_id") != audit.decision.id:
         raise VerificationFailed("the evidence chain ends with another decision")
@@ -186,6 +232,9 @@ def _check_result(audit: _Audit) -> AuditResult:
 def _check_receipts(audit: _Audit, answers: Answers) -> int:
     """Steps (5) and (6); how many there are. `verify_bundle` has checked their signatures."""
     named = {site: facts for site, facts in audit.decision.sites.items() if facts.receipt is not None}
+    unsigned = answers.replies.keys() - named.keys()
+    if unsigned and audit.decision.outcome is Outcome.RELEASE:
+        raise VerificationFailed(f"{receipt_name(min(unsigned))}: is missing, and the site's answer was used")
     for site, facts in named.items():
         name = receipt_name(site)
         receipt = read_receipt((audit.bundle / name).read_bytes(), name)
@@ -195,6 +244,16 @@ def _check_receipts(audit: _Audit, answers: Answers) -> int:
         for cohort, mechanisms in ((facts.members, receipt.members), (facts.nonmembers, receipt.nonmembers)):
             _check_epsilon(name, cohort, mechanisms)
     return len(named)
+
+
+def _check_report(audit: _Audit) -> str:
+    """Step (7); what was found, in words."""
+    for report in (audit.signed_report, audit.report):
+        if audit.decision.id not in report.read_text(encoding="utf-8"):
+            raise VerificationFailed(f"{report.name}: does not carry the decision {audit.decision.id[:16]}...")
+    if audit.report == audit.signed_report:
+        return "the signed report carries the decision"
+    return f"the signed report, {audit.bundle.name}/{REPORT}, carries the decision; the run's own copy is not signed"
 
 
 def _check_epsilon(name: str, stated: CohortEpsilon, mechanisms: Sequence[str]) -> None:

@@ -163,6 +163,8 @@ def report(
     else:
         typer.echo(text.read_text(encoding="utf-8"))
         typer.echo(f"report   {page}")
+        if pdf is not None:
+            typer.echo(f"pdf      {pdf}")
 
 
 def _finished(path: Path) -> RunFolder:

@@ -35,6 +35,7 @@ TINY: dict[str, Any] = {
         "fake_batch": 4,
     },
     "warm_start": {"phantom": "vessels", "volumes": 16, "steps": 0, "batch": 4},
+    "release": {"volumes": 4},
     "audit": {"volumes": 16, "inversion_steps": 1, "canaries": 0},
 }
 TINY_ATTACKS = (AttackName.NEAR_COPY, AttackName.NEAREST)

@@ -56,26 +56,19 @@ class SiteScores:
     review: tuple[ReviewCase, ...]
 
 
-def score_site(
+def public_suite(
     *,
-    cohort: Cohort,
     generator: LatentToPairs,
     reference: LatentToPairs,
     plan: AuditPlan,
     seed: int,
-    stream: SecureStream,
-    observer: Observer,
     consented: Sequence[Tensor] | None = None,
-    device: str = "cpu",
-) -> SiteScores:
-    """Noised histograms of every endpoint and group of the plan, and of the questions, in the plan's order.
+) -> Suite:
+    """Steps (1) and (2): everything that scoring needs beside patients, so that what fails here has cost nobody.
 
-    generator, reference: in evaluation mode on `device`, giving pairs on the study's grid. seed: public latent seed of
-    candidates. consented: pairs of the site's `reference_set`, where it has one.
-    stream: the site's own; this call advances it, so that a second answer never repeats the first one's noise.
-    The caller reserves `plan.member_mechanisms` and `plan.nonmember_mechanisms` in the ledger before calling.
-    Raises PolicyRefusal when the plan was made for another version of this code, DataError when an attack of the plan
-    needs a reference set and there is none.
+    generator, reference: in evaluation mode on the CPU, giving pairs on the study's grid. seed: public latent seed of
+    both. consented: pairs of the site's `reference_set`, where it has one. Raises PolicyRefusal when the plan was made
+    for another version of this code, or needs a reference set and there is none; DataError for damaged weights.
     """
     # (1) refuse a plan made for other scoring code
     if plan.score_version != SCORE_VERSION:
@@ -83,14 +76,24 @@ def score_site(
             f"the audit plan is for scoring version {plan.score_version}, this site runs {SCORE_VERSION}; "
             "nothing was scored. Install the version that the plan names, or have a new plan made."
         )
-    # A fork depends on the stream's key alone: forking it directly would repeat the noise in a second answer.
-    answer = SecureStream(stream.bytes(32))
-    # (2) public volumes and the public unit
+    # (2) public volumes and the public unit. On the CPU: a GPU may round a scan's sums by what else runs beside it.
     candidate, start = (
-        Material.drawn(module, seed=seed, count=count, fresh=plan.calibration_volumes, device=device)
+        Material.drawn(module, seed=seed, count=count, fresh=plan.calibration_volumes)
         for module, count in ((generator, plan.volumes), (reference, plan.reference_volumes))
     )
-    suite = build_suite(candidate=candidate, start=start, plan=plan, consented=consented)
+    return build_suite(candidate=candidate, start=start, plan=plan, consented=consented)
+
+
+def score_site(
+    *, cohort: Cohort, suite: Suite, plan: AuditPlan, stream: SecureStream, observer: Observer
+) -> SiteScores:
+    """Steps (3) to (5): noised histograms of every endpoint and group of the plan, and of the questions, in its order.
+
+    suite: of `public_suite`. stream: the site's own; this call advances it, so that a second answer never repeats the
+    first one's noise. The caller has spent `plan.member_mechanisms` and `plan.nonmember_mechanisms` before calling.
+    """
+    # A fork depends on the stream's key alone: forking it directly would repeat the noise in a second answer.
+    answer = SecureStream(stream.bytes(32))
     patients = _score_all(cohort, suite, plan, answer, observer)  # (3)
     # (4) and (5) count, add noise
     noise = answer.fork("noise")

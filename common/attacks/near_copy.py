@@ -63,7 +63,7 @@ def templates(pooled: Tensor) -> Tensor:
 
 def low_pass(images: Tensor) -> Tensor:
     """(N, 16, 16, 16) blurred by 1.5 voxels."""
-    blur = _blur_matrix(SIDE)
+    blur = _blur_matrix(SIDE).to(images.device)
     low: Tensor = torch.einsum("nijk,ai,bj,ck->nabc", images, blur, blur, blur)
     return low
 
@@ -73,7 +73,7 @@ def moved_queries(image: Tensor) -> Tensor:
 
     Moving, pooling and blurring are linear along each axis, so all 125 shifts are one product of small matrices.
     """
-    axes = [_axis_matrices(n) for n in image.shape]
+    axes = [tuple(m.to(image.device) for m in _axis_matrices(n)) for n in image.shape]
     queries = []
     for view in (image, image.flip(0)):  # axis i is left-right in RAS+
         sharp, low = (torch.einsum("ijk,sai,tbj,uck->stuabc", view, *(axis[kind] for axis in axes)) for kind in (0, 1))

@@ -24,7 +24,7 @@ from common.attacks.near_copy import NearCopy
 from common.attacks.nearest import Nearest
 from common.attacks.substitute import Substitute
 from common.attacks.templates import pool, pooled_draws
-from common.errors import DataError
+from common.errors import DataError, PolicyRefusal
 from common.generator.sampling import LatentToPairs, sample_pairs
 from common.measure.audit_plan import AuditPlan, Endpoint
 from common.settings.study import AttackName
@@ -121,7 +121,7 @@ def build_suite(
     """The plan's attacks on the candidate; a pure function of public weights or volumes and the plan.
 
     start: of the public generator. consented: full-resolution pairs (1+K, D, H, W) of people who allowed it, or public
-    ones; needed by density ratio and substitute. Raises DataError for an attack whose material is missing.
+    ones; needed by density ratio and substitute. Raises PolicyRefusal or DataError for an attack without its material.
     """
     near_copy = NearCopy(candidate.pooled, start.pooled)
     allowed = pool(torch.stack(list(consented))) if consented else None
@@ -188,7 +188,7 @@ def _suite(
 
 def _needed(consented: Tensor | None, name: AttackName) -> Tensor:
     if consented is None:
-        raise DataError(
+        raise PolicyRefusal(
             f"the plan's attack {name.value} compares with scans of people who are not in question, and this site has "
             "no `reference_set`; nothing was scored. Configure one in site.yaml, or leave the attack out of the study."
         )

@@ -50,12 +50,22 @@ class Countersignature(Fact):
 
 
 def add_countersignature(
-    folder: Path, *, release_digest: str, predicate: Predicate, role: str, key: Ed25519PrivateKey, now: datetime
+    folder: Path,
+    *,
+    release_digest: str,
+    predicate: Predicate,
+    auditor: str,
+    role: str,
+    key: Ed25519PrivateKey,
+    now: datetime,
 ) -> Path:
     """Add a countersignature to a bundle that was verified; returns its file.
 
-    now: aware. Raises UsageError when this key has signed already, or for a role that is not plain text.
+    auditor: fingerprint of the key that signed the bundle; now: aware. Raises UsageError when this key has signed
+    already, as the auditor or as a reviewer, or for a role that is not plain text.
     """
+    if fingerprint(key.public_key()) == auditor:
+        raise UsageError("this is the auditor's own key, which has signed already; nothing was written. Use another.")
     try:
         signed = Countersignature(
             release_digest=release_digest,
@@ -75,10 +85,20 @@ def add_countersignature(
 
 
 def check_countersignatures(
-    files: Mapping[str, bytes], *, release_digest: str, predicate: Predicate
+    files: Mapping[str, bytes], *, release_digest: str, predicate: Predicate, auditor: str
 ) -> tuple[Countersignature, ...]:
-    """All countersignatures in `files`, bytes by name. Raises VerificationFailed naming one that does not hold."""
-    return tuple(_check(files[name], name, release_digest, predicate) for name in sorted(files))
+    """All countersignatures in `files`, bytes by name: each by a key of its own, none by the auditor's.
+
+    auditor: fingerprint of the key that signed the bundle. Raises VerificationFailed naming one that does not hold.
+    """
+    signed = {name: _check(files[name], name, release_digest, predicate) for name in sorted(files)}
+    signers = {auditor: "the auditor"}
+    for name, countersignature in signed.items():
+        if countersignature.fingerprint in signers:
+            other = signers[countersignature.fingerprint]
+            raise VerificationFailed(f"{name}: is by the key of {other}, and so no second review")
+        signers[countersignature.fingerprint] = name
+    return tuple(signed.values())
 
 
 def _check(data: bytes, name: str, release_digest: str, predicate: Predicate) -> Countersignature:

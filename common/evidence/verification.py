@@ -9,9 +9,10 @@ Steps, each repeated where it happens:
     and a list of revocations, which come later, are neither
 (6) manifest.json lists the same digests, and says UNSAFE where the gate was bypassed
 (7) the evidence chain holds, ends at the signed head, and its last record is this decision, or its bypass
-(8) decision.json says what was signed
+(8) decision.json says what was signed, and study.json, where there is one, is the study that it is about
 (9) the card and the report carry the signed decision and its epsilon
-(10) a release holds a generator and volumes; a refusal holds neither; a bypassed refusal holds volumes only
+(10) a release holds a generator and volumes, and its decision has no objection and an audit that passed within its
+    own limits; a refusal holds neither; a bypassed refusal holds volumes only
 (11) each site's receipt is signed by the key it enrolled with, and says what the decision says
 (12) the release was issued and has not expired
 (13) every countersignature is one of this bundle, and those that the caller asks for are there
@@ -43,6 +44,7 @@ from common.evidence.countersignature import COUNTERSIGNATURES, Countersignature
 from common.evidence.predicate import (
     BYPASS_RECORD,
     DECISION_RECORD,
+    DecisionFacts,
     Outcome,
     Predicate,
     Statement,
@@ -60,6 +62,7 @@ EVIDENCE = "evidence.jsonl"
 CARD = "card.json"
 CARD_TEXT = "card.md"
 REPORT = "report.html"
+STUDY = "study.json"  # bundles of earlier versions have none
 REPORT_DATA = "report.json"  # what the report was drawn from; not every bundle has it
 GENERATOR = "generator.safetensors"
 GENERATOR_SPEC = "generator.json"
@@ -142,7 +145,7 @@ def verify_bundle(
     _check_dates(predicate, now)  # (12)
     this = contents.digests[ATTESTATION]
     countersigned = check_countersignatures(  # (13)
-        contents.below(COUNTERSIGNATURES), release_digest=this, predicate=predicate
+        contents.below(COUNTERSIGNATURES), release_digest=this, predicate=predicate, auditor=fingerprint(key)
     )
     _check_reviewers(countersigned, reviewers or {})
     newest = check_revocations(  # (14)
@@ -287,6 +290,9 @@ def _check_evidence(predicate: Predicate, contents: _Contents) -> tuple[Record, 
 def _check_decision(predicate: Predicate, contents: _Contents) -> None:
     if _object(contents, DECISION) != predicate.json_value():
         raise VerificationFailed(f"{DECISION}: does not say what was signed in {ATTESTATION}")
+    # A study's digest is that of its canonical JSON, which is what bundles hold.
+    if contents.digests.get(STUDY, predicate.decision.study_digest) != predicate.decision.study_digest:
+        raise VerificationFailed(f"{STUDY}: is not the study that the decision is about")
 
 
 def _check_card_and_report(predicate: Predicate, contents: _Contents) -> None:
@@ -309,6 +315,7 @@ def _check_substance(predicate: Predicate, contents: _Contents) -> None:
     if predicate.decision.outcome is Outcome.RELEASE and predicate.bypass is not None:
         raise VerificationFailed(f"{ATTESTATION}: bypasses a gate that released")
     if predicate.decision.outcome is Outcome.RELEASE:
+        _check_grounds(predicate.decision)
         _fail_on([f"{name}: is missing from a release" for name in sorted(weights - contents.digests.keys())])
         if not volumes:
             raise VerificationFailed(f"{ATTESTATION}: is a release without a single volume")
@@ -316,6 +323,30 @@ def _check_substance(predicate: Predicate, contents: _Contents) -> None:
         leaked = {name for name in contents.digests if name.endswith(".safetensors")}
         leaked |= volumes if predicate.bypass is None else set()
         _fail_on([f"{_shown(name)}: does not belong in a refusal" for name in sorted(leaked)])
+
+
+def _check_grounds(decision: DecisionFacts) -> None:
+    """A release against its own facts: what the gate would have refused is none, whoever signed it."""
+    audit = decision.audit
+    limited = [bound for bound in audit.bounds if bound.threshold is not None] if audit else []
+    above = [
+        b.name for b in limited if b.threshold is not None and not (b.upper is not None and b.upper <= b.threshold)
+    ]
+    if decision.reasons:
+        problem = "its decision names objections"
+    elif audit is None:
+        problem = "its audit is missing"
+    elif audit.verdict != "pass" or audit.reasons:
+        problem = f"its audit did not pass ({audit.verdict})"
+    elif not audit.controls_caught:
+        problem = "its audit did not catch its own controls"
+    elif not limited:
+        problem = "its audit measured nothing that the study limits"
+    elif above:
+        problem = f"its audit does not show {above[0]} to be within the limit"
+    else:
+        return
+    raise VerificationFailed(f"{ATTESTATION}: was released although {problem}")
 
 
 def _check_reviewers(countersigned: tuple[Countersignature, ...], reviewers: Mapping[str, bytes]) -> None:

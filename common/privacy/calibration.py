@@ -97,7 +97,14 @@ def _least_noise(
     log_noise = _root(bound, target, low, high) + TOLERANCE / 2
     while bound(log_noise) > target:
         log_noise += TOLERANCE / 4
-    return math.exp(log_noise)
+    return _rounded_up(math.exp(log_noise))
+
+
+def _rounded_up(noise: float) -> float:
+    """More noise, on a public grid of a millionth: a sum in another order, as with another number of threads, differs
+    in the twelfth digit, and a run that is resumed there must find the plan that it began with.
+    """
+    return math.ceil(noise * 1e6) / 1e6
 
 
 def _root(bound: Callable[[float], float], target: float, low: float, high: float) -> float:

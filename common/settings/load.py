@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from common.errors import SettingsError
 from common.settings.by_rule import fill
-from common.settings.study import Lipschitz, Loss, PrivacySettings, Settings, Study
+from common.settings.study import AttackName, Lipschitz, Loss, PrivacySettings, Settings, Study
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -29,6 +29,8 @@ Model = TypeVar("Model", bound=Settings)
 GRID_STEP = 8  # the generator doubles three times
 GRID_SMALLEST, GRID_LARGEST = 16, 128
 MOST_FEATURES = 128  # of a warm-up release
+_FEWEST_COMPARED = 64  # volumes: the components that densities are fitted in
+_LARGEST_CANARIES_MIB = 512
 LABEL_LARGEST = 255  # label volumes are uint8
 
 
@@ -116,6 +118,7 @@ def study_problems(study: Study) -> list[str]:
         *_threshold_problems(study),
         *_game_problems(study),
         *_canary_problems(study),
+        *_audit_problems(study),
     ]
 
 
@@ -185,6 +188,27 @@ def _game_problems(study: Study) -> Iterator[str]:
         )
 
 
+def _audit_problems(study: Study) -> Iterator[str]:
+    """Material that an attack of the plan could never have: said now, not after patients have paid for the attempt."""
+    audit = study.audit
+    if AttackName.INVERSION in audit.attacks and audit.volumes < study.training.latent_size:
+        yield (
+            f"audit.volumes: {audit.volumes} are too few for the inversion attack, whose start is fitted to them; "
+            f"at least training.latent_size = {study.training.latent_size} are needed"
+        )
+    compared = {AttackName.DENSITY_RATIO, AttackName.SUBSTITUTE} & set(audit.attacks)
+    if compared and audit.volumes <= _FEWEST_COMPARED:
+        yield (
+            f"audit.volumes: {audit.volumes} are too few for {', '.join(sorted(compared))}; "
+            f"more than {_FEWEST_COMPARED} are needed"
+        )
+    if audit.volumes < study.release.volumes:
+        yield (
+            f"release.volumes: {study.release.volumes} are more than the {audit.volumes} of audit.volumes that "
+            "patients are compared with; every released volume is audited"
+        )
+
+
 def _canary_problems(study: Study) -> Iterator[str]:
     if study.audit.canaries == 0 or any(_grid_problems(study)):
         return
@@ -195,6 +219,12 @@ def _canary_problems(study: Study) -> Iterator[str]:
         yield (
             f"audit.canaries: {study.audit.canaries} canaries need as many directions, the critic has {parameters} "
             "parameters; lower canaries, or raise training.critic_width"
+        )
+    row_mib = study.audit.canaries * study.privacy.sampling_probability * parameters * 4 / 2**20
+    if row_mib > _LARGEST_CANARIES_MIB:
+        yield (
+            f"audit.canaries: {study.audit.canaries} canaries hold about {row_mib:.0f} MiB in a step of a critic with "
+            f"{parameters} parameters, above {_LARGEST_CANARIES_MIB}; lower canaries or training.critic_width"
         )
 
 

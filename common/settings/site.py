@@ -57,6 +57,16 @@ class SiteSettings(Settings):
     simulation_seed: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
+    def _reference_set_apart(self) -> SiteSettings:
+        if self.reference_set is not None and isinstance(self.data, Path):
+            data, reference = self.data.resolve(), self.reference_set.resolve()
+            if data == reference or data in reference.parents or reference in data.parents:
+                raise ValueError(
+                    "reference_set: its people must be none of `data`'s; neither folder may hold the other"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _part_of_a_folder(self) -> SiteSettings:
         if self.part is not None:
             index, parts = self.part

@@ -189,7 +189,8 @@ class AuditSettings(Settings):
     the groups. epsilon_per_question: of each other one, whose counts need less precision.
     canaries: gradients of nobody in each training, to hear whether the promised noise is there; 0 for none. Three
     sites of 400 could refute a claim of epsilon up to about 9, one alone up to about 8; they cost little time.
-    false_positive_rate: where the true-positive rate is read; 0.01 unless a study states coarser.
+    false_positive_rate: where the true-positive rate is read; no finer than 0.01, below which so few held-out patients
+    lie that nothing could be seen.
     """
 
     holdout_fraction: Annotated[float, Field(ge=0.1, le=0.5)] = 0.35
@@ -204,7 +205,7 @@ class AuditSettings(Settings):
     )
     epsilon_per_question: Positive = 0.5
     canaries: Annotated[int, Field(ge=0, le=4096)] = 400
-    false_positive_rate: Annotated[float, Field(gt=0, le=0.2)] = 0.01
+    false_positive_rate: Annotated[float, Field(ge=0.01, le=0.2)] = 0.01
     confidence: Annotated[float, Field(ge=0.8, lt=1)] = 0.95
     planted_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.05
 

@@ -19,15 +19,16 @@ def mechanism(facts: ReportFacts) -> Chapter:
             text="Not carried out: no canary was planted in the training, so nothing here tests the noise itself."
         )
         return Chapter(number=8, anchor="mechanism", title=title, blocks=(nothing,))
+    meaning = mechanism_text(found)
     blocks: list[Block] = [
-        Paragraph(topic=found.verdict.value.upper(), text=f"{mechanism_text(found.verdict).capitalize()}."),
+        Paragraph(topic=found.verdict.value.upper(), text=f"{meaning[0].upper()}{meaning[1:]}."),
         Paragraph(
             text=f"{found.canaries} canaries over all hospitals, each trained on or not by a fair coin. Of "
             f"{found.guesses} guesses, {found.correct} were right. Claimed for training: epsilon "
             f"{found.claimed_epsilon:.2f} at delta {found.delta:g}. Without any noise the same canaries would have "
             f"shown at least {found.without_noise:.2f}."
         ),
-        *(Paragraph(text=reason) for reason in found.reasons),
+        *(Paragraph(text=reason) for reason in found.reasons if found.verdict is MechanismVerdict.VIOLATION),
         Table(
             caption="Lower bounds on the true epsilon, and the most that so many canaries could have shown",
             head=("Method", "Assuming", "Epsilon at least", "Ceiling", "Confidence", "Against the claim"),

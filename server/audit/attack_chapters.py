@@ -10,6 +10,7 @@ from common.measure.audit_plan import Endpoint
 from server.audit import attack_figures
 from server.audit.document import Block, Bullets, Cell, Chapter, Code, Drawing, Heading, Mark, Paragraph, Table
 from server.audit.facts import NearCopies, ReportFacts, Resemblance
+from server.audit.limit_tables import kept, lift_text, limit_tables
 from server.audit.numerals import auc_text, rate_text, share_text
 from server.audit.result import AttributeInference, AuditResult, EndpointResult, RocPoint, Verdict
 from server.audit.threats import attack_of, attack_title, carried_out, not_tested, resolvable
@@ -61,7 +62,7 @@ def attacks(facts: ReportFacts) -> Chapter:
         blocks.append(Bullets(items=audit.reasons))
     if audit.endpoints:
         blocks += _drawings(facts, audit)
-        blocks += limit_tables(audit)
+        blocks += limit_tables(facts)
         blocks += [_by_site(audit), _low_rates(audit), _prevalence(audit), *_further(audit)]
     else:
         blocks.append(Paragraph(text=_NO_ATTACK))
@@ -85,7 +86,8 @@ def near_copies(facts: ReportFacts) -> Chapter:
     blocks: list[Block] = [
         Paragraph(
             text=f"Every patient was compared with {facts.scans.volumes} synthetic volumes. A patient counts as copied "
-            "who scores beyond what the patients held out explain."
+            "who scores beyond what the patients held out explain. “At most” counts only copies that score above the "
+            "threshold; a copy that scores below it is seen by no number here."
         ),
         Table(
             caption="Share of used patients who stand out as copies "
@@ -201,64 +203,10 @@ def _drawings(facts: ReportFacts, audit: AuditResult) -> Iterator[Block]:
     yield Drawing(
         svg=histograms.svg,
         text=histograms.description,
-        caption="Bins of the audit plan, drawn equally wide; nothing is cut, so noise may reach below zero. A "
+        caption=f"Bins of the audit plan, drawn equally wide. {_shown_counts(audit)} A "
         "generator that had copied its patients would show members to the right of those held out, as the copies made "
         "on purpose are.",
     )
-
-
-def limit_tables(audit: AuditResult) -> tuple[Table, ...]:
-    """One table for each attack: what was compared with which limit."""
-    return tuple(_limits(audit, endpoint) for endpoint in audit.endpoints)
-
-
-def _limits(audit: AuditResult, endpoint: EndpointResult) -> Table:
-    """Every compared quantity of one attack. The verdict's own comparison, repeated for the reader."""
-    limits = audit.thresholds
-    worst = max(endpoint.sites, key=lambda s: s.upper.value, default=None)
-    rows: list[tuple[Cell, ...]] = [
-        _auc_row("AUC, all hospitals", auc_text(endpoint.auc), endpoint.auc_upper.value, limits.max_auc)
-    ]
-    if worst is not None:
-        name = f"AUC, worst hospital ({worst.site})"
-        rows.append(_auc_row(name, auc_text(worst.auc), worst.upper.value, limits.max_auc_site))
-    rows += [
-        (
-            f"Members found at {share_text(audit.false_positive_rate)} wrongly accused",
-            rate_text(endpoint.tpr),
-            f"≤ {share_text(endpoint.tpr_upper.value)}",
-            share_text(limits.max_tpr),
-            _kept(endpoint.tpr_upper.value <= limits.max_tpr),
-        ),
-        (
-            "Members that stand out as copies",
-            "–",
-            f"≥ {share_text(endpoint.copies_lower.value)}" if endpoint.copies_lower.value > 0 else "none shown",
-            "none",
-            _kept(endpoint.copies_lower.value <= 0),
-        ),
-        (
-            "Smallest visible share of copies",
-            f"planned {share_text(endpoint.power.planned)}",
-            f"achieved {share_text(endpoint.power.achieved)}",
-            share_text(limits.max_detectable_copies),
-            _kept(endpoint.power.smallest_copies <= limits.max_detectable_copies),
-        ),
-    ]
-    return Table(
-        caption=f"{attack_title(endpoint.name)}. {attack_of(endpoint.name).how}",
-        head=("Quantity", "Estimate (interval)", "Bound", "Limit", "Kept"),
-        rows=tuple(rows),
-        numbers=frozenset({1, 2, 3}),
-    )
-
-
-def _auc_row(name: str, estimate: str, upper: float, limit: float) -> tuple[Cell, ...]:
-    return name, estimate, f"≤ {upper:.3f}", f"{limit:g}", _kept(upper <= limit)
-
-
-def _kept(kept: bool) -> Mark:
-    return Mark(text="yes" if kept else "no", good=kept)
 
 
 def _by_site(audit: AuditResult) -> Table:
@@ -301,7 +249,7 @@ def _at_rate(audit: AuditResult, endpoint: EndpointResult, rate: float) -> str:
 
 
 def _prevalence(audit: AuditResult) -> Table:
-    rate = audit.false_positive_rate
+    rate, confidence = audit.false_positive_rate, f"{100 * audit.confidence:g} % confidence"
     rows = []
     for e in audit.endpoints:
         audited = e.members / max(e.members + e.nonmembers, 1)
@@ -312,7 +260,7 @@ def _prevalence(audit: AuditResult) -> Table:
         rows.append((attack_title(e.name), *at))
     return Table(
         caption="Chance that a person accused by the attack was really used, at most, by how many of the people whom "
-        "the attacker can choose from were used. From the upper bound on members found at "
+        f"the attacker can choose from were used. From the upper bound ({confidence}) on members found at "
         f"{share_text(rate)} wrongly accused; the last column is the mixture in this audit, which no attacker meets",
         head=("Attack", *(f"{share_text(p)} were used" for p in _PREVALENCES), "as in this audit"),
         rows=tuple(rows),
@@ -343,19 +291,19 @@ def _further(audit: AuditResult) -> Iterator[Block]:
 
 
 def _inference(found: AttributeInference, limit: float) -> Table:
-    low, high = (f"{100 * end:+.1f}" for end in (found.lift.low, found.lift.high))
     return Table(
         caption=f"{found.question} Answered from a patient's image and the synthetic volumes. The lift is what having "
-        "been used adds; what holds for everybody is no leak about anybody",
+        f"been used adds; what holds for everybody is no leak about anybody. At most: at "
+        f"{100 * found.upper.confidence:g} % confidence",
         head=("Used, answered right", "Held out, answered right", "Lift in points", "At most", "Limit", "Kept"),
         rows=(
             (
                 rate_text(found.members),
                 rate_text(found.nonmembers),
-                f"{100 * found.lift.estimate:+.1f} ({low} to {high})",
-                f"{100 * found.upper.value:+.1f}",
+                f"{lift_text(found.lift.estimate)} ({lift_text(found.lift.low)} to {lift_text(found.lift.high)})",
+                lift_text(found.upper.value),
                 f"{100 * limit:g}",
-                _kept(found.upper.value <= limit),
+                kept(found.upper.value <= limit),
             ),
         ),
         numbers=frozenset({0, 1, 2, 3, 4}),
@@ -395,7 +343,7 @@ def _voxels(pair: Resemblance) -> Cell:
 
 
 def _tail(audit: AuditResult) -> Table:
-    """Counts beyond the highest edges, as they came."""
+    """Counts beyond the highest edges, as they are shown."""
     endpoints = [e for e in audit.endpoints if e.histograms]
     exact = audit.epsilon_members is None
     groups = (("member_a", "member_b"), ("nonmember",), ("planted",))
@@ -409,11 +357,20 @@ def _tail(audit: AuditResult) -> Table:
             beyond = (_beyond([counts[part] for part in parts if part in counts], edge) for parts in groups)
             rows.append((attack_title(e.name), f"{e.edges[edge]:g}", *beyond))
     return Table(
-        caption="Patients in the highest bins"
-        + (". Counts are exact" if exact else ". Counts carry noise and may be negative"),
+        caption=f"Patients in the highest bins. {_shown_counts(audit).removesuffix('.')}",
         head=("Attack", "Score at least", "Used", "Held out", "Held out, some copied on purpose"),
         rows=tuple(rows),
         numbers=frozenset({1, 2, 3, 4}),
+    )
+
+
+def _shown_counts(audit: AuditResult) -> str:
+    """What was done to the counts before they were shown."""
+    if audit.epsilon_members is None:
+        return "Counts are exact."
+    return (
+        "Counts carry noise and are fitted so that none is below zero; the bounds use the raw noised answers in "
+        "audit/answers.json."
     )
 
 

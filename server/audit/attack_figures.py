@@ -1,4 +1,4 @@
-"""The attacks as figures: ROC curves on logarithmic axes, noised score histograms, bounds beside their limits."""
+"""The attacks as figures: ROC curves on logarithmic axes, score histograms, bounds beside their limits."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def roc_figure(audit: AuditResult, proven: ProvenLimit | None) -> Drawn:
 
 
 def histogram_figure(audit: AuditResult) -> Drawn:
-    """Share of members, held-out patients and planted copies in every bin, as the noise left them."""
+    """Share of members, held-out patients and planted copies in every bin; noised counts come fitted."""
     panels = [(lambda axes, e=e: _draw_histogram(axes, e)) for e in audit.endpoints]
     description = (
-        "Noised shares of patients in every bin of the audit plan; a bar below zero is noise and is shown as it is. "
+        "Shares of patients in every bin of the audit plan; noised counts are fitted so that none is below zero. "
         "Overlapping shapes mean that scores do not tell members from non-members."
     )
     return draw("scores", "Scores of members, held-out patients and planted copies", description, panels, height=3.1)
 
 
 def bounds_figure(audit: AuditResult) -> Drawn:
-    """Every interval and bound that the verdict compared, beside its limit."""
+    """Intervals and upper bounds of AUC and true-positive rate beside their limits; others are in tables."""
     limits = audit.thresholds
     aucs = [row for e in audit.endpoints for row in _auc_rows(e, limits.max_auc, limits.max_auc_site)]
     rates = [
@@ -59,7 +59,8 @@ def bounds_figure(audit: AuditResult) -> Drawn:
         lambda axes: _draw_rates(axes, f"Members found, {rate} accused", rates, audit.false_positive_rate),
     ]
     over = [f"{name} ({upper:.3g}, limit {limit:g})" for name, _, upper, limit in (*aucs, *rates) if upper > limit]
-    description = "Every upper bound lies within its limit." if not over else f"Above its limit: {'; '.join(over)}."
+    within = "Every AUC and rate bound drawn here lies within its limit."
+    description = within if not over else f"Above its limit: {'; '.join(over)}."
     return draw("bounds", "Bounds beside their limits", description, panels, height=0.7 + 0.32 * len(aucs), across=2)
 
 
@@ -170,6 +171,6 @@ def _draw_histogram(axes: Axes, endpoint: EndpointResult) -> None:
 
 
 def _shares(counts: Sequence[int]) -> list[float]:
-    """Counts as shares of their sum, noise and all; a group that noise left without a sum is not drawn."""
+    """Counts as shares of their sum; a group that noise left without a sum is not drawn."""
     total = sum(counts)
     return [c / total for c in counts] if total > 0 else [math.nan] * len(counts)

@@ -77,7 +77,7 @@ def _ruled(facts: ReportFacts, campaign: CampaignFacts) -> Iterator[Block]:
     else:
         yield Paragraph(topic="Deviations", text="None: no threshold is coarser than the default.")
     yield Table(
-        caption="Thresholds of this study beside the defaults",
+        caption="Settings of the audit and thresholds of the release in this study, beside the defaults",
         head=("Setting", "This study", "Default"),
         rows=tuple((Code(text=name), value, usual) for name, value, usual in _settings(campaign)),
         numbers=frozenset({1, 2}),
@@ -96,9 +96,15 @@ def _ruled(facts: ReportFacts, campaign: CampaignFacts) -> Iterator[Block]:
 
 
 def _settings(campaign: CampaignFacts) -> Iterator[tuple[str, str, str]]:
-    """Thresholds of this study beside the defaults."""
+    """What decides how hard was looked, and what was tolerated: this study's beside the defaults."""
     study, usual_release, usual_audit = campaign.study, ReleaseSettings(), AuditSettings()
-    for name in (field for field in ReleaseSettings.model_fields if field.startswith("max_")):
-        yield f"release.{name}", f"{getattr(study.release, name):g}", f"{getattr(usual_release, name):g}"
-    for name in ("false_positive_rate", "confidence", "planted_fraction", "epsilon_per_answer", "holdout_fraction"):
-        yield f"audit.{name}", f"{getattr(study.audit, name):g}", f"{getattr(usual_audit, name):g}"
+    for name in (*(field for field in ReleaseSettings.model_fields if field.startswith("max_")), "valid_days"):
+        yield f"release.{name}", _value(getattr(study.release, name)), _value(getattr(usual_release, name))
+    for name in AuditSettings.model_fields:
+        yield f"audit.{name}", _value(getattr(study.audit, name)), _value(getattr(usual_audit, name))
+
+
+def _value(setting: object) -> str:
+    if isinstance(setting, tuple):
+        return ", ".join(map(str, setting)) or "none"
+    return f"{setting:g}" if isinstance(setting, float) else str(setting)

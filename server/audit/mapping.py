@@ -108,8 +108,8 @@ def _wp216(facts: ReportFacts) -> Iterator[Claim]:
         scheme=_WP216,
         hazard="Inference",
         answer=(
-            f"Tested for one question: {inference.question} Having been used adds at most "
-            f"{100 * inference.upper.value:.1f} points of right answers."
+            f"Tested for one question: {inference.question} With {100 * inference.upper.confidence:g} % confidence, "
+            f"having been used adds at most {100 * inference.upper.value:.1f} points of right answers."
             if inference
             else "Not tested: no attribute was inferred."
         ),
@@ -122,12 +122,21 @@ def _singling_out(audit: AuditResult) -> str:
     worst = worst_auc(audit)
     if worst is None:
         return "Not tested."
-    copies = max(e.copies_lower.value for e in audit.endpoints)
-    found = f"Members found at {share_text(audit.false_positive_rate)} wrongly accused: at most " + share_text(
-        max(e.tpr_upper.value for e in audit.endpoints)
+    copied = max((e.copies_lower for e in audit.endpoints), key=lambda bound: bound.value)
+    shown = (
+        "No patient stands out as a copy"
+        if copied.value <= 0
+        else f"With {100 * copied.confidence:g} % confidence at least {share_text(copied.value)} stand out as copies"
     )
-    shown = "no patient stands out as a copy" if copies <= 0 else f"at least {share_text(copies)} stand out as copies"
-    return f"{found}; AUC at most {worst.auc_upper.value:.3f}; {shown}."
+    found, copies = (
+        max(b) for b in zip(*((e.tpr_upper.value, e.copies_upper.value) for e in audit.endpoints), strict=True)
+    )
+    return (
+        f"With {100 * audit.confidence:g} % confidence of each number by itself: members found at "
+        f"{share_text(audit.false_positive_rate)} wrongly accused, at most {share_text(found)}; AUC at most "
+        f"{worst.auc_upper.value:.3f}; at most {share_text(copies)} copied, which counts only copies that score above "
+        f"the threshold. {shown}."
+    )
 
 
 def _power_residual(audit: AuditResult) -> str:

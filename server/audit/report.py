@@ -20,6 +20,7 @@ from server.audit.facts import (
     ReportFacts,
     RoundCourse,
 )
+from server.audit.limit_tables import limit_tables
 from server.audit.mapping import mapping
 from server.audit.markdown import chapter_lines, table_lines
 from server.audit.numerals import dice_text, epsilon_text, share_text
@@ -113,7 +114,7 @@ def render_summary(facts: ReportFacts) -> str:
         lines += ["## Epsilon by site", "", *table_lines(_epsilon_table(campaign)), ""]
     if facts.audit is not None and facts.audit.endpoints:
         lines += [f"## Audit: {facts.audit.verdict.value.upper()}", ""]
-        for table in attack_chapters.limit_tables(facts.audit):
+        for table in limit_tables(facts):
             lines += [table.caption.split(".")[0], "", *table_lines(table), ""]
     if campaign is not None and campaign.utility is not None and campaign.utility.rows:
         rows = tuple(

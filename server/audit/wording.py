@@ -15,7 +15,7 @@ from common.privacy.rule import feasibility_text, noise_to_signal
 from common.protocol.messages import SegmenterSource
 from server.audit.facts import CampaignFacts, ReportFacts
 from server.audit.numerals import Stated, count_text, in_hundred
-from server.audit.result import AuditResult, EndpointResult, MechanismVerdict, Verdict
+from server.audit.result import AuditResult, EndpointResult, MechanismAudit, MechanismVerdict, Verdict
 from server.audit.threats import carried_out
 from server.federation_epsilon import federation_text
 from server.published import README, by_unit, by_unit_text
@@ -167,17 +167,19 @@ def source_text(source: SegmenterSource) -> str:
             assert_never(source)
 
 
-def mechanism_text(verdict: MechanismVerdict) -> str:
-    """What a mechanism audit's verdict means."""
-    match verdict:
+def mechanism_text(found: MechanismAudit) -> str:
+    """What a mechanism audit's verdict means; why, where it could not tell."""
+    match found.verdict:
         case MechanismVerdict.VIOLATION:
             return "a lower bound lies above what was claimed: the training does not keep its own promise"
         case MechanismVerdict.CONSISTENT:
             return "nothing contradicts the claimed epsilon, although a violation could have been seen"
         case MechanismVerdict.UNINFORMATIVE:
+            if found.reasons:
+                return f"the claim could not be checked: {'; '.join(found.reasons)}"
             return "so few canaries could not have contradicted the claim, whatever the training did"
         case _:
-            assert_never(verdict)
+            assert_never(found.verdict)
 
 
 def cost_text(epsilon: float | None) -> str:
@@ -350,7 +352,7 @@ def _mechanism(facts: ReportFacts) -> Iterator[Statement]:
             topic="Does the noise work",
             text=f"{found.canaries} invented records were trained on or not, each by a coin, and guessed at "
             f"afterwards: {found.correct} of {found.guesses} guesses were right. {found.verdict.value.upper()}: "
-            f"{mechanism_text(found.verdict)}.",
+            f"{mechanism_text(found)}.",
         )
 
 

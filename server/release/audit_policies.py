@@ -12,7 +12,7 @@ from typing import assert_never
 
 from common.measure.audit_plan import Endpoint
 from common.settings.study import Question, ReleaseSettings
-from server.audit.result import AuditResult, EndpointResult, MechanismVerdict, Verdict
+from server.audit.result import AuditResult, EndpointResult, MechanismAudit, MechanismVerdict, Verdict
 from server.release.evidence import Objection, ReleaseEvidence
 
 
@@ -125,7 +125,7 @@ class MechanismConsistent:
     name: str = "mechanism-consistent"
 
     def objections(self, evidence: ReleaseEvidence) -> Iterator[Objection]:
-        """A violation refuses; a missing audit cannot tell; an uninformative one neither."""
+        """A violation refuses; no answer, or canaries not heard, cannot tell; that they are too few is no doubt."""
         audit = evidence.audit
         if audit is None:
             return
@@ -134,6 +134,8 @@ class MechanismConsistent:
                 yield Objection.cannot_tell("the study has canaries, and there was no audit of the mechanism")
         elif audit.mechanism.verdict is MechanismVerdict.VIOLATION:
             yield from (Objection.refuse(f"mechanism audit: {reason}") for reason in audit.mechanism.reasons)
+        elif audit.mechanism.verdict is MechanismVerdict.UNINFORMATIVE and not _too_few_canaries(audit.mechanism):
+            yield from (Objection.cannot_tell(f"mechanism audit: {reason}") for reason in audit.mechanism.reasons)
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,11 @@ class InferenceWithin:
                 f"audit: an attribute may be guessed better for members by {audit.inference.upper.value:.3f}, "
                 f"above {limit:g}"
             )
+
+
+def _too_few_canaries(mechanism: MechanismAudit) -> bool:
+    """Whether not even perfect guesses could have refuted the claim."""
+    return bool(mechanism.bounds) and max(bound.ceiling for bound in mechanism.bounds) < mechanism.claimed_epsilon
 
 
 def _subject_objections(audit: AuditResult, evidence: ReleaseEvidence) -> Iterator[Objection]:

@@ -42,6 +42,7 @@ from common.evidence.verification import (
     PUBLIC_KEY,
     REPORT,
     REPORT_DATA,
+    STUDY,
 )
 from common.generator.network import save_weights
 from common.generator.released import generator_spec
@@ -65,7 +66,6 @@ from server.release.gate import Decision
 if TYPE_CHECKING:
     from server.utility import UtilityResult
 
-STUDY = "study.json"
 AUDIT = "audit"
 UNSAFE = "UNSAFE.txt"
 QUARANTINE = "QUARANTINE.txt"

@@ -4,8 +4,8 @@ The switch is `release.unsafe_bypass` of the study, off by default. It is there 
 because a hospital's policy approves a study by its digest: whoever would overrule the gate cannot grant themselves the
 right to, and a study that grants it says so first in its card, its report and to `consilium verify`.
 
-(1) the run is finished, and its signed refusal verifies
-(2) the study allows it, and the folder's name says UNSAFE
+(1) the run is finished, and its refusal, signed with the run's own key, verifies
+(2) the study that was decided on allows it, and the folder's name says UNSAFE
 (3) the candidates are those that were audited
 (4) the bypass is recorded in the run's evidence, then written: volumes only, never the generator's weights
 Neither the decision nor the signed refusal in the run changes; the candidates stay in quarantine.
@@ -18,12 +18,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from common.errors import Refusal, UsageError
+from common.errors import IntegrityError, Refusal, UsageError
 from common.evidence.bundle_receipts import receipt_name
 from common.evidence.chain import EvidenceChain
 from common.evidence.predicate import Bypass, Outcome, Predicate
-from common.evidence.signing import load_signing_key
+from common.evidence.signing import load_signing_key, public_pem
 from common.evidence.verification import REPORT, REPORT_DATA, verify_bundle
+from common.settings.load import study_digest
 from server.release.bundle import Dossier, write_unsafe
 from server.release.gate import Decision
 from server.run_folder import RunFolder
@@ -34,13 +35,20 @@ def bypass_gate(run: RunFolder, target: Path, *, reason: str, now: datetime) -> 
     """Steps (1) to (4). now: aware.
 
     Raises UsageError for a run that was released, a reason that is not 10 to 500 printable characters, or a folder
-    whose name does not say UNSAFE; Refusal when the study forbids it; what `verify_bundle` and `write_unsafe` raise.
+    whose name does not say UNSAFE; Refusal when the study forbids it; IntegrityError when the run's study is not the
+    one that was decided on; what `verify_bundle` and `write_unsafe` raise.
     """
-    verified = verify_bundle(run.release, trusted_key=None, now=now)  # (1)
+    key = load_signing_key(run.auditor_key)
+    verified = verify_bundle(run.release, trusted_key=public_pem(key.public_key()), now=now)  # (1)
     facts = verified.predicate.decision
     if facts.outcome is Outcome.RELEASE:
         raise UsageError(f"the gate released this run: {run.release} is the release. Nothing was bypassed.")
     study = run.study
+    if study_digest(study) != facts.study_digest:
+        raise IntegrityError(
+            f"{run.study_file} is not the study that was decided on; nothing was written. "
+            f"Restore it from {run.release}: only what the hospitals approved can allow a bypass."
+        )
     if not study.release.unsafe_bypass:  # (2)
         raise Refusal(
             f"the gate decided {facts.outcome} and the study forbids to overrule it (release.unsafe_bypass); "
@@ -73,6 +81,6 @@ def bypass_gate(run: RunFolder, target: Path, *, reason: str, now: datetime) -> 
         candidates=run.candidates,
         bypass=bypass,
         chain=EvidenceChain(run.evidence),
-        key=load_signing_key(run.auditor_key),
+        key=key,
         now=now,
     )

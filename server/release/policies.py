@@ -194,12 +194,30 @@ def coarser_than_default(study: Study) -> tuple[str, ...]:
         ),
     )
     found = [f"{name} is {value:g}; the default is {usual:g}" for name, value, usual in allows_more if value > usual]
+    found += [f"audit: {text}" for text in _left_out(study.audit)]
+    if study.release.valid_days > ReleaseSettings.model_fields["valid_days"].default:
+        found.append(f"release.valid_days is {study.release.valid_days}; the default is 365")
     if study.release.unsafe_bypass:
         found.append("release.unsafe_bypass is set: the gate may be overruled; the default forbids it")
     usual_confidence = AuditSettings.model_fields["confidence"].default
     if study.audit.confidence < usual_confidence:
         found.append(f"audit.confidence is {study.audit.confidence:g}; the default is {usual_confidence:g}")
     return tuple(found)
+
+
+def _left_out(audit: AuditSettings) -> list[str]:
+    """What this audit does not do, or does less of, than the default one."""
+    usual = AuditSettings()
+    missing = [
+        *(f"no attack {name.value}" for name in usual.attacks if name not in audit.attacks),
+        *(f"question {name.value} not asked" for name in usual.questions if name not in audit.questions),
+    ]
+    less = ("volumes", "inversion_steps", "canaries", "holdout_fraction")
+    return missing + [
+        f"{name} is {getattr(audit, name):g}; the default is {getattr(usual, name):g}"
+        for name in less
+        if getattr(audit, name) < getattr(usual, name)
+    ]
 
 
 def _cohorts(statement: SiteStatement) -> tuple[tuple[str, Spending], ...]:

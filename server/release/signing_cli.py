@@ -36,7 +36,13 @@ def sign(
     private = load_signing_key(key)
     verified = verify_bundle(release, trusted_key=read_trusted_key(auditor), now=now)
     path = add_countersignature(
-        release, release_digest=verified.digest, predicate=verified.predicate, role=role, key=private, now=now
+        release,
+        release_digest=verified.digest,
+        predicate=verified.predicate,
+        auditor=verified.key_fingerprint,
+        role=role,
+        key=private,
+        now=now,
     )
     facts = {
         "file": str(path),

@@ -175,6 +175,7 @@ class QuickWork:
             patients=self._patients,
             warm_up=self._warm_up,
             train=self._train,
+            suite=lambda order, task, plan: None,
             score=self._score,
             utility=self._utility,
         )

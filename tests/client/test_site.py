@@ -34,6 +34,7 @@ from small_site import (
 from sqlalchemy import Engine
 from sqlalchemy.event import listen
 
+from client.orders import OrderRefused
 from client.store import SiteStore
 from common.errors import DataError
 from common.generator.weights import Weights
@@ -208,6 +209,26 @@ def test_order_that_would_exceed_the_ledger_is_refused_before_any_work(tmp_path)
     assert isinstance(replies[0], ScoreReply)
     assert {refusal(reply) for reply in replies[1:]} == {RefusalCode.BUDGET}
     assert work.calls.count("score") == 1
+
+
+def test_scoring_that_fails_before_a_patient_is_looked_at_costs_nobody(tmp_path):
+    def broken(order, task, plan):
+        raise OrderRefused(RefusalCode.DIGEST, "the generator gives values that are not finite")
+
+    work = QuickWork()
+    site = enrolled(tmp_path, work)
+    site.handle(train_order())
+    before = [e for e in spent(tmp_path) if e.counts]
+    site._work = replace(work.as_site_work(), suite=broken)
+    assert refusal(site.handle(score_order())) is RefusalCode.DIGEST
+    assert "score" not in work.calls
+    assert [e for e in spent(tmp_path) if e.counts] == before
+
+
+def test_audit_plan_that_does_not_name_this_site_is_refused(tmp_path):
+    site = enrolled(tmp_path)
+    site.handle(train_order())
+    assert refusal(site.handle(score_order(plan=make_plan(STUDY, ("site-9",))))) is RefusalCode.POLICY
 
 
 def test_cap_of_the_study_binds_where_the_policy_is_laxer(tmp_path):

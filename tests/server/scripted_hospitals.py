@@ -134,11 +134,11 @@ class ScriptedSite:
 
 
 def histograms(plan: AuditPlan) -> Iterator[NoisedHistogram]:
-    for question in (Question.LABEL_SIZE, Question.BLIND):
+    for question in sorted(plan.answers.keys() & {Question.LABEL_SIZE.value, Question.BLIND.value}):
         asked = plan.answers[question]
         counts = tuple(3000 // asked.bins for _ in range(asked.bins))
         for group in asked.groups:
-            yield NoisedHistogram(endpoint=question.value, group=group.value, counts=counts, epsilon=asked.epsilon)
+            yield NoisedHistogram(endpoint=question, group=group.value, counts=counts, epsilon=asked.epsilon)
     for endpoint in plan.endpoints:
         place = np.arange(endpoint.bins) / endpoint.bins
         bell = np.where(place < 0.7, np.exp(-0.5 * ((place - 0.35) / 0.12) ** 2), 0.0)

@@ -58,7 +58,7 @@ def test_report_command_writes_a_pdf(released, tmp_path: Path, capsys: pytest.Ca
     pytest.importorskip("weasyprint", reason="WeasyPrint or Pango is missing", exc_type=(ImportError, OSError))
     assert run(["report", str(released[1].path), "--pdf", str(tmp_path / "report.pdf")]) == ExitCode.DONE
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF-")
-    capsys.readouterr()
+    assert f"pdf      {tmp_path / 'report.pdf'}\n" in capsys.readouterr().out
 
 
 def test_a_pdf_into_a_folder_that_is_not_there_is_wrong_usage(

@@ -6,7 +6,7 @@ import pytest
 from client.cohort import Cohort, commit_split
 from client.randomness import SecureStream
 from client.scoring.review import ReviewCase, from_json, to_json
-from client.scoring.score import SiteScores, score_site
+from client.scoring.score import SiteScores, public_suite, score_site
 from common.errors import IntegrityError
 from common.telemetry.events import ignore
 from tests.stored_pairs import Stored, noise_pairs
@@ -21,12 +21,17 @@ def scored() -> SiteScores:
     names = [f"p{i}" for i in range(8)]
     split = commit_split(names[:4], names[4:], SecureStream.from_seed(0))
     cohort = Cohort.from_patients({n: v[None] for n, v in zip(names, PEOPLE, strict=True)}, split)
-    return score_site(
-        cohort=cohort,
+    plan = tiny_audit_plan(volumes=60, reference_volumes=30)
+    suite = public_suite(
         generator=Stored(np.concatenate([np.repeat(PEOPLE[:1], 40, axis=0), noise_pairs(2, 400)])),
         reference=Stored(noise_pairs(3, 60)),
-        plan=tiny_audit_plan(volumes=60, reference_volumes=30),
+        plan=plan,
         seed=5,
+    )
+    return score_site(
+        cohort=cohort,
+        suite=suite,
+        plan=plan,
         stream=SecureStream.from_seed(1),
         observer=ignore,
     )

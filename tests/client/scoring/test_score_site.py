@@ -6,7 +6,7 @@ import torch
 
 from client.cohort import Cohort, Split
 from client.randomness import SecureStream
-from client.scoring.score import score_site
+from client.scoring.score import public_suite, score_site
 from common.attacks.patient import count, score_patient
 from common.attacks.suite import Material, Suite, build_suite
 from common.errors import PolicyRefusal
@@ -43,7 +43,11 @@ def cohort(members: int, nonmembers: int, *, without: str | None = None, changed
 
 def answer(who: Cohort, stream: SecureStream, plan: AuditPlan = PLAN) -> dict[tuple[str, str], np.ndarray]:
     histograms = score_site(
-        cohort=who, generator=GENERATOR, reference=REFERENCE, plan=plan, seed=7, stream=stream, observer=ignore
+        cohort=who,
+        suite=public_suite(generator=GENERATOR, reference=REFERENCE, plan=plan, seed=7),
+        plan=plan,
+        stream=stream,
+        observer=ignore,
     ).histograms
     return {(h.endpoint, h.group): np.array(h.counts) for h in histograms}
 

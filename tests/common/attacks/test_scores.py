@@ -83,6 +83,12 @@ def test_moved_queries_hold_the_templates_own_window_unmoved():
     assert float((moved_queries(volume[0, 0]) @ templates(pool(volume)).T).max()) == pytest.approx(1, abs=1e-5)
 
 
+def test_queries_and_templates_stay_on_the_device_of_the_scan():
+    """Whatever device: the meta device refuses to be mixed with another, as a GPU does."""
+    assert moved_queries(torch.empty(32, 24, 32, device="meta")).device.type == "meta"
+    assert templates(torch.empty(3, 2, 16, 16, 16, device="meta")).device.type == "meta"
+
+
 def test_the_most_similar_candidate_is_named_for_the_sites_reviewer():
     people = torch.from_numpy(anatomies(22, 3))
     similarity, number = NearCopy(pool(people), pool(people[:1])).most_similar(people[2])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.attacks.suite import Material, build_suite, fuse
-from common.errors import DataError
+from common.errors import DataError, PolicyRefusal
 from common.measure.audit_plan import Endpoint
 from common.settings.study import AttackName
 from tests.stored_pairs import Stored, noise_pairs
@@ -43,7 +43,7 @@ def test_a_score_that_is_not_a_number_makes_the_fused_score_none():
 
 @pytest.mark.parametrize("name", [AttackName.DENSITY_RATIO, AttackName.SUBSTITUTE])
 def test_an_attack_that_needs_people_to_compare_with_is_refused_without_them(name):
-    with pytest.raises(DataError, match="reference_set"):
+    with pytest.raises(PolicyRefusal, match="reference_set"):
         suite(AttackName.NEAR_COPY, name)
 
 

@@ -1,4 +1,4 @@
-"""Figures show the numbers as they are: negative noise below zero, limits where they lie, the same bytes each time."""
+"""Figures show the numbers as they are: limits where they lie, the same bytes each time."""
 
 import re
 from dataclasses import replace
@@ -21,8 +21,12 @@ def test_the_same_result_is_drawn_with_the_same_bytes(audit):
     assert roc_figure(audit, None).svg() == roc_figure(audit, None).svg()
 
 
-def test_noise_below_zero_is_shown_below_zero():
-    assert _shares((3, -1, 8)) == [0.3, -0.1, 0.8]
+def test_counts_are_drawn_as_shares_of_their_sum():
+    assert _shares((3, 1, 6)) == [0.3, 0.1, 0.6]
+
+
+def test_fitted_counts_are_not_said_to_reach_below_zero(audit):
+    assert "fitted so that none is below zero" in histogram_figure(audit).description
 
 
 def test_planted_copies_are_drawn_beside_members_and_held_out(audit):
@@ -39,7 +43,8 @@ def test_the_proven_limit_is_drawn_only_where_something_is_proven(audit):
 
 
 def test_a_bound_beyond_its_limit_is_named_in_words():
-    assert bounds_figure(example_audit(0.0)).description == "Every upper bound lies within its limit."
+    within = bounds_figure(example_audit(0.0)).description
+    assert within == "Every AUC and rate bound drawn here lies within its limit."
     assert bounds_figure(example_audit(1.2)).description.startswith("Above its limit: ")
 
 

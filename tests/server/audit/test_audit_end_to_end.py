@@ -5,7 +5,7 @@ from torch import nn
 
 from client.cohort import Cohort, Split
 from client.randomness import SecureStream
-from client.scoring.score import score_site
+from client.scoring.score import public_suite, score_site
 from common.protocol.messages import LedgerHead, ScoreReply
 from common.settings.study import ReleaseSettings
 from common.telemetry.events import ignore
@@ -36,10 +36,8 @@ def audit(generator: nn.Module) -> AuditResult:
     cohort = Cohort.from_patients({n: v[None] for n, v in zip(names, PEOPLE, strict=True)}, split)
     histograms = score_site(
         cohort=cohort,
-        generator=generator,
-        reference=Stored(noise_pairs(2, 250)),
+        suite=public_suite(generator=generator, reference=Stored(noise_pairs(2, 250)), plan=PLAN, seed=3),
         plan=PLAN,
-        seed=3,
         stream=SecureStream.from_seed(4),
         observer=ignore,
     ).histograms

@@ -54,6 +54,7 @@ def study() -> Study:
         privacy={"target_epsilon": 3.0, "delta": 1e-4, "reference_patients": 100, "epsilon_cap": 8.0},
         training={"rounds": 2, "critic_steps_per_round": 10},
         release={"volumes": 2},
+        audit={"volumes": 10_000, "inversion_steps": 10, "canaries": 400},  # as by default: nothing here is coarser
     )
 
 

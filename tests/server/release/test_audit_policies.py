@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 
 from common.measure.audit_plan import Endpoint
+from common.measure.epsilon_bounds import EpsilonBound
 from common.measure.intervals import Bound, Interval, Side
+from common.settings.study import Question
 from server.audit.result import MechanismVerdict
 from server.release.audit_policies import GroupsComparable, InferenceWithin, MechanismConsistent, NearCopiesRare
 from server.release.evidence import ObjectionKind
@@ -44,12 +46,17 @@ def test_copies_that_are_shown_refuse_and_copies_that_are_not_ruled_out_leave_it
 
 
 def test_a_violation_of_the_mechanism_refuses_and_an_uninformative_audit_of_it_does_not(evidence, change_audit):
-    def judged(verdict, *reasons):
-        mechanism = replace(evidence.audit.mechanism, verdict=verdict, reasons=reasons)
+    def judged(verdict, *reasons, ceiling=9.0):
+        value = Bound(value=0.0, side=Side.LOWER, confidence=0.95)
+        bound = EpsilonBound(method="m", assumption="", value=value, ceiling=ceiling, delta=1e-4)
+        mechanism = replace(evidence.audit.mechanism, verdict=verdict, reasons=reasons, bounds=(bound,))
         return change_audit(evidence, mechanism=mechanism)
 
     assert kinds(MechanismConsistent(), judged(MechanismVerdict.VIOLATION, "epsilon is at least 9")) == [REFUSE]
-    assert kinds(MechanismConsistent(), judged(MechanismVerdict.UNINFORMATIVE)) == []
+    too_few = judged(MechanismVerdict.UNINFORMATIVE, "even perfect guesses would prove 2", ceiling=2.0)
+    assert kinds(MechanismConsistent(), too_few) == []
+    unheard = judged(MechanismVerdict.UNINFORMATIVE, "site-1 did not answer")
+    assert kinds(MechanismConsistent(), unheard) == [CANNOT_TELL]
 
 
 def test_a_lift_that_is_not_ruled_out_leaves_the_outcome_open(evidence, change_audit):
@@ -62,7 +69,8 @@ def test_a_lift_that_is_not_ruled_out_leaves_the_outcome_open(evidence, change_a
     [(GroupsComparable(), "blind"), (MechanismConsistent(), "mechanism"), (InferenceWithin(), "inference")],
 )
 def test_what_the_study_asks_for_and_nobody_measured_leaves_the_outcome_open(evidence, change_audit, policy, field):
-    asking = evidence.study.model_copy(update={"audit": evidence.study.audit.model_copy(update={"canaries": 100})})
+    more = {"canaries": 100, "questions": tuple(Question)}
+    asking = evidence.study.model_copy(update={"audit": evidence.study.audit.model_copy(update=more)})
     assert kinds(policy, replace(change_audit(evidence, **{field: None}), study=asking)) == [CANNOT_TELL]
 
 

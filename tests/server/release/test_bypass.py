@@ -16,9 +16,9 @@ from common.cli import run as run_command
 from common.errors import ExitCode, IntegrityError, Refusal, UsageError, VerificationFailed
 from common.evidence.chain import EvidenceChain
 from common.evidence.predicate import Outcome
-from common.evidence.signing import Purpose, parse_envelope, public_pem
+from common.evidence.signing import Purpose, create_signing_key, parse_envelope, public_pem
 from common.evidence.verification import verify_bundle
-from common.settings.load import study_digest
+from common.settings.load import study_digest, study_json
 from common.settings.study import Study
 from server.release.bypass import bypass_gate
 from server.release.evidence import ReleaseEvidence
@@ -127,6 +127,27 @@ def test_a_study_that_does_not_allow_it_forbids_it(
     with pytest.raises(Refusal, match="the study forbids to overrule it"):
         bypass_gate(run, tmp_path / "volumes-UNSAFE", reason=REASON, now=NOW)
     assert everything(run) == before
+    assert not (tmp_path / "volumes-UNSAFE").exists()
+
+
+def test_a_study_that_was_made_permissive_afterwards_allows_nothing(
+    finished: Callable[..., RunFolder], evidence: ReleaseEvidence, permissive: Study, tmp_path: Path
+):
+    run = finished(replace(evidence, audit=None))
+    run.study_file.write_text(study_json(permissive))
+    run.facts_file.write_text(replace(run.facts, study_digest=study_digest(permissive)).to_json())
+    before = everything(run)
+    with pytest.raises(IntegrityError, match=r"study\.json is not the study that was decided on"):
+        bypass_gate(run, tmp_path / "volumes-UNSAFE", reason=REASON, now=NOW)
+    assert everything(run) == before
+    assert not (tmp_path / "volumes-UNSAFE").exists()
+
+
+def test_a_refusal_that_the_runs_own_key_did_not_sign_is_not_bypassed(refused_run: RunFolder, tmp_path: Path):
+    refused_run.auditor_key.unlink()
+    create_signing_key(refused_run.auditor_key)
+    with pytest.raises(VerificationFailed, match="signed by somebody else"):
+        bypass_gate(refused_run, tmp_path / "volumes-UNSAFE", reason=REASON, now=NOW)
     assert not (tmp_path / "volumes-UNSAFE").exists()
 
 

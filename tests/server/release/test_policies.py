@@ -8,7 +8,7 @@ import pytest
 from common.measure.intervals import Bound, Interval, Side
 from common.privacy.accounting import Epsilon
 from common.privacy.mechanism import DpSgd, ExactAnswer, NoisedCounts, Unit
-from common.settings.study import Study
+from common.settings.study import AttackName, AuditSettings, Study
 from server.audit.result import NullControl, Power, Verdict
 from server.release.audit_policies import AuditPassed, ControlsCaught, PowerSufficient
 from server.release.evidence import ObjectionKind, ReleaseEvidence, Spending
@@ -201,9 +201,27 @@ def test_default_thresholds_are_not_called_coarse(study: Study):
     assert coarser_than_default(study) == ()
 
 
+def test_an_audit_that_does_less_than_the_default_is_called_coarse(study: Study):
+    less = AuditSettings(
+        attacks=(AttackName.NEAR_COPY,), questions=(), volumes=16, inversion_steps=0, canaries=0, holdout_fraction=0.1
+    )
+    release = study.release.model_copy(update={"valid_days": 4000})
+    coarse = "; ".join(coarser_than_default(study.model_copy(update={"audit": less, "release": release})))
+    for word in ("no attack nearest", "no attack inversion", "label_size not asked", "critic not asked"):
+        assert word in coarse
+    for word in (
+        "volumes is 16",
+        "inversion_steps is 0",
+        "canaries is 0",
+        "holdout_fraction is 0.1",
+        "valid_days is 4000",
+    ):
+        assert word in coarse
+
+
 def test_every_coarser_threshold_is_named_with_both_numbers(study: Study):
     release = study.release.model_copy(update={"max_auc": 0.75, "max_tpr": 0.2, "max_detectable_copies": 0.3})
-    audit = study.audit.model_copy(update={"false_positive_rate": 0.1, "confidence": 0.9, "planted_fraction": 0.3})
+    audit = AuditSettings().model_copy(update={"false_positive_rate": 0.1, "confidence": 0.9, "planted_fraction": 0.3})
     coarse = coarser_than_default(study.model_copy(update={"release": release, "audit": audit}))
     assert coarse == (
         "release.max_auc is 0.75; the default is 0.6",

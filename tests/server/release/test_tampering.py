@@ -313,6 +313,7 @@ def countersigned(folder: Path, role: str = "data-protection officer", key: Ed25
         folder,
         release_digest=verified.digest,
         predicate=verified.predicate,
+        auditor=verified.key_fingerprint,
         role=role,
         key=key or Ed25519PrivateKey.generate(),
         now=LATER,
@@ -340,10 +341,15 @@ def replace_receipt(bundle: Path, site: str, envelope: str) -> None:
 
 def change_site(bundle: Path, site: str, **facts: Any) -> None:
     """The decision says something else of a site, and everything is signed anew."""
+    change_decision(bundle, lambda decision: decision["sites"][site].update(facts))
+
+
+def change_decision(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """The decision says something else, and everything is signed anew."""
     old = json.loads((bundle / "decision.json").read_text())["decision_id"]
     statement = json.loads(parse_envelope((bundle / ATTESTATION).read_bytes(), ATTESTATION, Purpose.RELEASE).payload)
     predicate = statement["predicate"]
-    predicate["decision"]["sites"][site].update(facts)
+    change(predicate["decision"])
     new = sha256_hex(canonical_json(predicate["decision"]))
     chain = read_chain((bundle / "evidence.jsonl").read_bytes(), "evidence.jsonl")
     (bundle / "evidence.jsonl").unlink()
@@ -357,7 +363,7 @@ def change_site(bundle: Path, site: str, **facts: Any) -> None:
     for name in ("card.md", "report.html"):
         (bundle / name).write_text((bundle / name).read_text().replace(old, new))
     card = json.loads((bundle / "card.json").read_text())
-    card.update(decision_id=new, sites=predicate["decision"]["sites"])
+    card.update(decision_id=new, **{name: predicate["decision"][name] for name in ("sites", "audit")})
     (bundle / "card.json").write_text(json.dumps(card))
     sign_again(bundle, lambda statement: statement.update(predicate=predicate))
 
@@ -370,6 +376,41 @@ def forged(bundle: Path, site: str, key: Ed25519PrivateKey, **changes: Any) -> s
 def test_a_bundle_whose_decision_is_signed_anew_without_a_change_still_verifies(bundle: Path):
     change_site(bundle, "site-1")
     assert verify_bundle(bundle, trusted_key=None, now=LATER).outcome is Outcome.RELEASE
+
+
+def first_bound(decision: dict[str, Any]) -> dict[str, Any]:
+    return decision["audit"]["bounds"][0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d.update(reasons=["too few patients"]), "its decision names objections"),
+        (lambda d: d.update(audit=None), "its audit is missing"),
+        (lambda d: d["audit"].update(verdict="fail"), r"its audit did not pass \(fail\)"),
+        (lambda d: d["audit"].update(reasons=["it leaks"]), "its audit did not pass"),
+        (lambda d: d["audit"].update(controls_caught=False), "its audit did not catch its own controls"),
+        (lambda d: d["audit"].update(bounds=[]), "its audit measured nothing that the study limits"),
+        (lambda d: first_bound(d).update(upper=first_bound(d)["threshold"] + 1e-6), "does not show fused: AUC to be"),
+        (lambda d: first_bound(d).update(upper=None), "does not show fused: AUC to be within the limit"),
+    ],
+)
+def test_a_release_that_its_own_facts_forbid_is_refused_even_when_signed(bundle: Path, change: Any, words: str):
+    change_decision(bundle, change)
+    fails(bundle, rf"attestation\.dsse\.json: was released although {words}")
+
+
+def test_a_bound_at_its_threshold_is_within_it(bundle: Path):
+    change_decision(bundle, lambda d: first_bound(d).update(upper=first_bound(d)["threshold"]))
+    assert verify_bundle(bundle, trusted_key=None, now=LATER).outcome is Outcome.RELEASE
+
+
+def test_another_study_than_the_one_decided_on_is_refused_even_when_signed(bundle: Path):
+    study = json.loads((bundle / "study.json").read_text())
+    study["release"]["unsafe_bypass"] = True
+    (bundle / "study.json").write_bytes(canonical_json(study))
+    sign_again(bundle, nothing)
+    fails(bundle, r"study\.json: is not the study that the decision is about")
 
 
 def test_a_receipt_by_a_key_that_the_site_did_not_enrol_with_is_found_even_when_signed(bundle: Path):
@@ -454,6 +495,23 @@ def test_a_key_countersigns_once_and_as_printable_text(bundle: Path):
         countersigned(bundle, key=key)
     with pytest.raises(UsageError, match="printable"):
         countersigned(bundle, role="\x1b[2J")
+
+
+def test_the_same_key_under_another_file_name_is_no_second_reviewer(bundle: Path):
+    path = countersigned(bundle)
+    shutil.copy(path, path.with_name("z-another-reviewer.dsse.json"))
+    fails(bundle, rf"z-another-reviewer\.dsse\.json: is by the key of countersignatures/{re.escape(path.name)}")
+
+
+def test_the_auditor_does_not_review_themselves(bundle: Path):
+    key = load_signing_key(bundle.parent / "auditor.key")
+    with pytest.raises(UsageError, match="the auditor's own key"):
+        countersigned(bundle, key=key)
+    assert not (bundle / "countersignatures").exists()
+    verified = verify_bundle(bundle, trusted_key=None, now=LATER)
+    facts = {"release_digest": verified.digest, "predicate": verified.predicate, "role": "reviewer", "now": LATER}
+    add_countersignature(bundle, auditor="somebody else", key=key, **facts)  # by another program
+    fails(bundle, r"countersignatures/.*: is by the key of the auditor")
 
 
 def test_nothing_else_can_hide_among_what_comes_later(bundle: Path):
