@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -16,8 +17,11 @@ from common.cli import COMMANDS, run
 from common.errors import ExitCode, UsageError, VerificationFailed
 from common.evidence.canonical import canonical_json, sha256_hex
 from common.evidence.chain import EvidenceChain
-from common.evidence.predicate import PLAN_RECORD, ROUND_RECORD, read_statement, statement_payload
+from common.evidence.predicate import ENROLMENT_RECORD, PLAN_RECORD, QUESTION_RECORD, Predicate, statement_payload
 from common.evidence.signing import Purpose, load_signing_key, parse_envelope, seal, seal_json
+from common.measure.audit_plan import AuditPlan
+from server.audit.result import AuditResult
+from server.audit_stage import AuditFolder, rejudge
 from server.audit_verification import verify_audit
 from server.run_folder import RunFolder
 
@@ -53,19 +57,42 @@ def rewrite(chain: Path, change: Callable[[str, dict[str, object]], dict[str, ob
             EvidenceChain(chain).append(record.kind, body, datetime.fromisoformat(record.time))
 
 
-def sign_anew(bundle: Path, key: Ed25519PrivateKey) -> None:
-    """What the auditor could do after changing the evidence in a bundle: sign so that everything agrees again."""
+def sign_anew(bundle: Path, key: Ed25519PrivateKey, change: Callable[[dict[str, Any]], object] = id) -> None:
+    """What the auditor could do after changing files in a bundle: sign so that everything agrees again.
+
+    change: of the decision.
+    """
     attestation = bundle / "attestation.dsse.json"
     envelope = parse_envelope(attestation.read_bytes(), attestation.name, Purpose.RELEASE)
-    predicate = read_statement(envelope.payload, attestation.name).predicate
-    predicate = predicate.model_copy(update={"evidence_head": EvidenceChain(bundle / "evidence.jsonl").head})
-    (bundle / "decision.json").write_text(json.dumps(predicate.json_value()))
+    predicate = json.loads(envelope.payload)["predicate"]
+    old = predicate["decision_id"]
+    change(predicate["decision"])
+    new = sha256_hex(canonical_json(predicate["decision"]))
+    rewrite(bundle / "evidence.jsonl", lambda _, body: {**body, "decision_id": new} if "decision_id" in body else body)
+    for name in ("card.json", "card.md", "report.html", "report.json"):
+        (bundle / name).write_text((bundle / name).read_text().replace(old, new))
+    card = json.loads((bundle / "card.json").read_text())
+    card |= {name: predicate["decision"][name] for name in ("outcome", "sites")}
+    (bundle / "card.json").write_text(json.dumps(card))
+    predicate |= {"decision_id": new, "evidence_head": EvidenceChain(bundle / "evidence.jsonl").head}
+    (bundle / "decision.json").write_text(json.dumps(predicate))
     files = {path.relative_to(bundle).as_posix(): path for path in bundle.rglob("*") if path.is_file()}
     digests = {name: sha256_hex(p.read_bytes()) for name, p in files.items() if p != attestation}
     del digests["manifest.json"]
     (bundle / "manifest.json").write_text(json.dumps({"sha256": digests}))
     digests["manifest.json"] = sha256_hex((bundle / "manifest.json").read_bytes())
-    attestation.write_bytes(seal(statement_payload(digests, predicate), key, Purpose.RELEASE))
+    signed = Predicate.model_validate_json(json.dumps(predicate))
+    attestation.write_bytes(seal(statement_payload(digests, signed), key, Purpose.RELEASE))
+
+
+@pytest.fixture
+def auditor(audited: Path) -> Ed25519PrivateKey:
+    return load_signing_key(RunFolder(path=audited).auditor_key)
+
+
+@pytest.fixture
+def bundle(audited: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(audited / "release", tmp_path / "bundle"))
 
 
 @pytest.mark.parametrize("part", ["", "audit", "release"])
@@ -118,8 +145,95 @@ def test_changed_answers_are_not_those_on_record(copied: Path):
 
 def test_a_changed_result_is_found_by_judging_again(copied: Path):
     result = copied / "audit" / "result.json"
-    result.write_text(result.read_text().replace('"members":', '"members": ', 1))
+    body = json.loads(result.read_text())
+    body["endpoints"][0]["auc_upper"]["value"] -= 1e-4
+    result.write_bytes(canonical_json(body))
     fails(copied, r"result\.json: the stored answers, judged again, do not give this result")
+
+
+def test_a_result_that_says_the_same_in_other_bytes_is_not_the_one_on_record(copied: Path):
+    result = copied / "audit" / "result.json"
+    result.write_text(result.read_text().replace('"members":', '"members": ', 1))
+    fails(copied, r"result\.json: is not the result that the evidence chain recorded")
+
+
+def inconclusive(copied: Path) -> Path:
+    """The result of the same answers for a study that tolerates nothing, as its run would have stored it."""
+    result = copied / "audit" / "result.json"
+    result.write_text(judged_again(copied, max_auc=0.5)[0].to_json())
+    return result
+
+
+def judged_again(run: Path, **limits: float) -> tuple[AuditResult, bool]:
+    study = RunFolder(path=run).study
+    release = study.release.model_copy(update=limits)
+    return rejudge(study.model_copy(update={"release": release}), AuditFolder(path=run / "audit"))
+
+
+def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    body = json.loads(path.read_text())
+    change(body)
+    path.write_bytes(canonical_json(body))
+
+
+def reworded(body: dict[str, Any]) -> None:
+    body["reasons"] = ["a reason in the words of an earlier version"]
+    body["inference"]["question"] = "asked otherwise"
+    for endpoint in body["endpoints"]:
+        endpoint["epsilon_lower"] |= {"method": "named otherwise", "assumption": "stated otherwise"}
+
+
+def rounded(body: dict[str, Any]) -> None:
+    for endpoint in body["endpoints"]:
+        endpoint["auc"]["estimate"] *= 1 + 1e-13
+
+
+def forgetful(body: dict[str, Any]) -> None:
+    """As of a version that did not know a field, which is null here."""
+    assert body.pop("blind") is None
+
+
+@pytest.mark.parametrize("change", [reworded, rounded, forgetful])
+def test_a_result_that_differs_in_words_or_rounding_only_is_the_one_on_record(
+    copied: Path, change: Callable[[dict[str, Any]], object]
+):
+    change_json(inconclusive(copied), change)
+    result, as_recorded = judged_again(copied, max_auc=0.5)
+    assert (as_recorded, result.verdict.value) == (True, "inconclusive")
+
+
+def test_the_result_that_agrees_is_the_recorded_one_under_its_own_digest(copied: Path):
+    recorded = inconclusive(copied)
+    change_json(recorded, reworded)
+    assert judged_again(copied, max_auc=0.5)[0].digest == sha256_hex(recorded.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: body.update(verdict="fail"),
+        lambda body: body.update(reasons=[]),
+        lambda body: body.update(sites=["a", "b", "d"]),
+        lambda body: body.update(plan_digest="0" * 64),
+        lambda body: body.update(extra=1),
+        lambda body: body["endpoints"].pop(),
+        lambda body: body["endpoints"][0].update(name="another"),
+        lambda body: body["endpoints"][0]["auc"].update(estimate=body["endpoints"][0]["auc"]["estimate"] + 1e-5),
+        lambda body: body["endpoints"][0]["planted"].update(detected=not body["endpoints"][0]["planted"]["detected"]),
+        lambda body: body["endpoints"][0]["planted"].update(detected=1),
+        lambda body: body["thresholds"].update(max_auc=None),
+    ],
+)
+def test_a_result_that_differs_in_anything_else_is_not(copied: Path, change: Callable[[dict[str, Any]], object]):
+    change_json(inconclusive(copied), change)
+    assert judged_again(copied, max_auc=0.5)[1] is False
+
+
+@pytest.mark.parametrize("text", ["", "not JSON", "null", "[]"])
+def test_a_damaged_result_is_not_the_one_that_is_reached_again(copied: Path, text: str):
+    (copied / "audit" / "result.json").write_text(text)
+    result, as_recorded = judged_again(copied)
+    assert (as_recorded, result.verdict.value) == (False, "pass")
 
 
 def test_a_report_of_another_decision_is_refused(copied: Path):
@@ -161,18 +275,98 @@ def test_answers_swapped_by_the_auditor_are_not_those_that_the_sites_signed(audi
     assert "a: the receipt names other audit answers than those that were used" in outcome.reasons
 
 
-def test_a_plan_put_on_record_after_the_first_round_is_refused_even_when_signed(audited: Path, tmp_path: Path):
-    """The auditor moves the record and signs everything anew."""
-    bundle = Path(shutil.copytree(audited / "release", tmp_path / "bundle"))
+@pytest.mark.parametrize("kind", ["warm-up", "round", "canaries", "audit-answers"])
+def test_a_plan_put_on_record_after_a_site_answered_is_refused_even_when_signed(
+    bundle: Path, auditor: Ed25519PrivateKey, kind: str
+):
+    """The auditor has the plan on record later and signs everything anew."""
     records = EvidenceChain(bundle / "evidence.jsonl").verify()
-    early = next(record for record in records if record.kind == PLAN_RECORD)
-    first = next(record.index for record in records if record.kind == ROUND_RECORD)
-    moved = [*(r for r in records[: first + 1] if r is not early), early, *records[first + 1 :]]
     (bundle / "evidence.jsonl").unlink()
-    for record in moved:
+    for record in records:
+        if record.kind == PLAN_RECORD:
+            EvidenceChain(bundle / "evidence.jsonl").append(kind, {}, NOW)
         EvidenceChain(bundle / "evidence.jsonl").append(record.kind, record.body, NOW)
-    sign_anew(bundle, load_signing_key(RunFolder(path=audited).auditor_key))
+    sign_anew(bundle, auditor)
     fails(bundle, r"plan\.dsse\.json: was put on record after the sites had begun to answer")
+
+
+def test_a_plan_that_the_study_does_not_prescribe_is_refused_even_when_signed(bundle: Path, auditor: Ed25519PrivateKey):
+    change_json(bundle / "audit" / "plan.json", lambda plan: plan.update(confidence=0.9))
+    plan = AuditPlan.from_json((bundle / "audit" / "plan.json").read_text())
+    sealed = seal_json(json.loads(plan.to_json()), auditor, Purpose.AUDIT_PLAN)
+    (bundle / "audit" / SEALED_PLAN).write_bytes(sealed)
+    fixed = {"plan_digest": plan.digest, "sealed": sha256_hex(sealed)}
+    rewrite(bundle / "evidence.jsonl", lambda kind, body: fixed if kind == PLAN_RECORD else body)
+    sign_anew(bundle, auditor)
+    fails(bundle, r"plan\.json: is not the plan that the study prescribes for the sites that enrolled")
+
+
+def test_a_second_enrolment_is_refused_even_when_signed(bundle: Path, auditor: Ed25519PrivateKey):
+    records = EvidenceChain(bundle / "evidence.jsonl").verify()
+    (bundle / "evidence.jsonl").unlink()
+    for record in records:
+        for _ in range(2 if record.kind == ENROLMENT_RECORD else 1):
+            EvidenceChain(bundle / "evidence.jsonl").append(record.kind, record.body, NOW)
+    sign_anew(bundle, auditor)
+    fails(bundle, r"evidence\.jsonl: records 2 enrolments")
+
+
+def test_a_site_that_was_audited_and_left_out_of_a_release_is_named(bundle: Path, auditor: Ed25519PrivateKey):
+    (bundle / "receipts" / "c.dsse.json").unlink()
+    sign_anew(bundle, auditor, lambda decision: decision["sites"].pop("c"))
+    fails(bundle, r"answers\.json: the audit and the decision are not about the same sites: c")
+
+
+def test_guesses_that_the_chain_did_not_record_are_refused_even_when_signed(bundle: Path, auditor: Ed25519PrivateKey):
+    (bundle / "audit" / "canaries.json").write_text("{}")
+    sign_anew(bundle, auditor)
+    fails(bundle, r"canaries\.json: is not what the evidence chain recorded")
+
+
+def test_recorded_guesses_that_are_missing_or_changed_are_refused_even_when_signed(
+    bundle: Path, auditor: Ed25519PrivateKey
+):
+    records = EvidenceChain(bundle / "evidence.jsonl").verify()
+    (bundle / "evidence.jsonl").unlink()
+    for record in records:
+        if record.kind == QUESTION_RECORD:
+            EvidenceChain(bundle / "evidence.jsonl").append("canaries", {"sha256": sha256_hex(b"{}")}, NOW)
+        EvidenceChain(bundle / "evidence.jsonl").append(record.kind, record.body, NOW)
+    sign_anew(bundle, auditor)
+    fails(bundle, r"canaries\.json: is missing")
+    (bundle / "audit" / "canaries.json").write_text("{ }")
+    sign_anew(bundle, auditor)
+    fails(bundle, r"canaries\.json: is not what the evidence chain recorded")
+
+
+def test_a_bundle_without_its_study_cannot_be_judged(bundle: Path, auditor: Ed25519PrivateKey):
+    (bundle / "study.json").unlink()
+    sign_anew(bundle, auditor)
+    fails(bundle, r"study\.json: is missing")
+
+
+def test_a_study_that_this_version_reads_otherwise_is_told_from_a_changed_one(bundle: Path, auditor: Ed25519PrivateKey):
+    """The study of an earlier version that did not state a setting yet; a refusal, so that no receipt names another."""
+    for path in [*bundle.rglob("*.nii.gz"), *bundle.glob("receipts/*"), bundle / "generator.safetensors"]:
+        path.unlink()
+    change_json(bundle / "study.json", lambda study: study["release"].pop("unsafe_bypass"))
+    digest = sha256_hex((bundle / "study.json").read_bytes())
+    sign_anew(bundle, auditor, lambda d: d.update(study_digest=digest, sites={}, outcome="REJECT"))
+    fails(bundle, r"study\.json: this version of Consilium does not read it as the study")
+
+
+def test_a_bundle_that_is_signed_anew_without_a_change_still_verifies(bundle: Path, auditor: Ed25519PrivateKey):
+    sign_anew(bundle, auditor)
+    assert verify_audit(bundle, trusted_key=None, now=NOW).decision.outcome.value == "RELEASE"
+
+
+def test_of_a_run_the_signed_report_is_checked_and_its_own_copy_said_to_be_unsigned(audited: Path):
+    said = "the signed report, release/report.html, carries the decision; the run's own copy is not signed"
+    assert said in verify_audit(audited, trusted_key=None, now=NOW).findings
+    assert (
+        "the signed report carries the decision"
+        in verify_audit(audited / "release", trusted_key=None, now=NOW).findings
+    )
 
 
 @pytest.mark.parametrize("part", ["", "checkpoint", "nowhere"])

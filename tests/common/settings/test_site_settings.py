@@ -89,3 +89,15 @@ def test_exact_answers_are_for_simulation_only():
     with pytest.raises(ValidationError, match="only a simulation may set it"):
         SitePolicy(**LEAST, research_answers=True)
     assert SitePolicy(**LEAST, research_answers=True, simulation=True).research_answers
+
+
+@pytest.mark.parametrize(("data", "reference"), [("scans", "scans"), ("scans", "scans/public"), ("all/scans", "all")])
+def test_a_reference_set_that_overlaps_the_patients_is_refused(tmp_path, data, reference):
+    text = f"site: north\ndata: {data}\nreference_set: {reference}\nstate: state\n"
+    with pytest.raises(SettingsError, match="reference_set"):
+        load_site(saved(tmp_path, text))
+
+
+def test_a_reference_set_beside_the_patients_is_taken_from_the_folder_of_the_file(tmp_path):
+    site = load_site(saved(tmp_path, "site: north\ndata: scans\nreference_set: public\nstate: state\n"))
+    assert site.reference_set == tmp_path / "public"

@@ -391,8 +391,8 @@ def first_bound(decision: dict[str, Any]) -> dict[str, Any]:
         (lambda d: d["audit"].update(reasons=["it leaks"]), "its audit did not pass"),
         (lambda d: d["audit"].update(controls_caught=False), "its audit did not catch its own controls"),
         (lambda d: d["audit"].update(bounds=[]), "its audit measured nothing that the study limits"),
-        (lambda d: first_bound(d).update(upper=first_bound(d)["threshold"] + 1e-6), "does not show fused: AUC to be"),
-        (lambda d: first_bound(d).update(upper=None), "does not show fused: AUC to be within the limit"),
+        (lambda d: first_bound(d).update(threshold=first_bound(d)["upper"] - 1e-6), "its audit does not show fused"),
+        (lambda d: first_bound(d).update(upper=None), "its audit does not show fused: AUC to be within the limit"),
     ],
 )
 def test_a_release_that_its_own_facts_forbid_is_refused_even_when_signed(bundle: Path, change: Any, words: str):
