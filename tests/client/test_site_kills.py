@@ -65,9 +65,9 @@ class TouchingWork(QuickWork):
         self._touch(order)
         return super()._train(order, task, kept)
 
-    def _score(self, order, task, plan):
+    def _score(self, order, task, plan, kept):
         self._touch(order)
-        return super()._score(order, task, plan)
+        return super()._score(order, task, plan, kept)
 
     def _utility(self, order, task, head):
         self._touch(order)

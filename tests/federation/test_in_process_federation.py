@@ -70,9 +70,9 @@ def test_everything_the_contract_names_lies_in_the_run_folder(finished: RunFolde
     assert "release/generator.safetensors" not in names
 
 
-def test_the_audit_plan_is_in_the_evidence_before_any_answer(finished: RunFolder):
+def test_the_audit_plan_is_in_the_evidence_before_any_round_and_any_answer(finished: RunFolder):
     order = kinds(finished)
-    assert order.index("enrolment") < order.index("round") < order.index("audit-plan") < order.index("audit-answers")
+    assert order.index("enrolment") < order.index("audit-plan") < order.index("round") < order.index("audit-answers")
     assert order[-1] == "decision"
 
 

@@ -48,7 +48,7 @@ def body(run: RunFolder, kind: str) -> dict:
 
 
 def test_warm_up_lies_between_enrolment_and_the_first_round(finished: RunFolder):
-    assert kinds(finished)[:5] == ["campaign", "warm-start", "enrolment", "warm-up", "round"]
+    assert kinds(finished)[:6] == ["campaign", "warm-start", "enrolment", "audit-plan", "warm-up", "round"]
     assert sorted(body(finished, "warm-up")["answers"]) == ["site-1", "site-2", "site-3"]
 
 
@@ -57,7 +57,7 @@ def test_training_begins_with_the_fitted_generator_and_the_audit_compares_with_t
     first = next(r.body for r in EvidenceChain(finished.evidence).verify() if r.kind == "round")
     assert warmed["start_digest"] == public["generator_digest"] != warmed["generator_digest"]
     assert first["start_digest"] == warmed["generator_digest"]
-    assert body(finished, "audit-plan")["reference_digest"] == public["generator_digest"]
+    assert body(finished, "audit-question")["reference_digest"] == public["generator_digest"]
 
 
 def test_every_ledger_holds_the_release_once_and_the_gate_agrees(finished: RunFolder):
