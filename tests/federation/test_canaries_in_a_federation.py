@@ -14,6 +14,8 @@ from server.audit.result import AuditResult, MechanismVerdict
 from server.audit_stage import AuditFolder, rejudge
 from server.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow  # whole federations
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
@@ -46,7 +48,6 @@ def test_the_verdict_can_be_reached_again_from_the_folder(finished: RunFolder) -
     assert as_recorded
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["round 1", "training", "canaries"])
 def test_a_stop_changes_no_guess(finished: RunFolder, tmp_path: Path, moment: str) -> None:
     def stop(event: Event) -> None:

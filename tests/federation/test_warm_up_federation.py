@@ -21,6 +21,8 @@ from server.simulate import simulate
 from server.simulated_sites import Cohorts
 from tests.warmed_study import WARM_UP
 
+pytestmark = pytest.mark.slow  # whole federations
+
 WARMED = Study.model_validate({**STUDY.model_dump(), "warm_up": WARM_UP})
 
 
@@ -79,7 +81,6 @@ def test_report_says_what_was_released_and_what_it_cost(finished: RunFolder):
 
 
 @pytest.mark.parametrize("moment", ["the fit", "the stage"])
-@pytest.mark.slow
 def test_a_warm_up_that_was_stopped_goes_on_to_the_same_generator(tmp_path: Path, finished: RunFolder, moment: str):
     def ctrl_c(event: Event) -> None:
         match event:
