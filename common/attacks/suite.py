@@ -20,7 +20,7 @@ from common.attacks.attack import Attack
 from common.attacks.density_ratio import DensityRatio
 from common.attacks.inversion import Inversion, Inverter
 from common.attacks.label_size import LabelSize
-from common.attacks.near_copy import NearCopy
+from common.attacks.near_copy import NearCopy, templates
 from common.attacks.nearest import Nearest
 from common.attacks.substitute import Substitute
 from common.attacks.templates import pool, pooled_draws
@@ -31,6 +31,7 @@ from common.settings.study import AttackName
 
 _SPREADS = 2.5  # robust standard deviations from the middle of public scores to the ends of the unit
 _ALIKE = 1e-5  # public scores that vary less than this (raw unit) say that all volumes are one
+_ONE_VOLUME = 0.9  # correlation between half of the pairs of volumes
 _SUBSTITUTE_WEIGHT = 0.25
 _REACH = 2.0  # what one attack may add to the fused score, from -1 to this: an outlier must not drown the others
 
@@ -146,7 +147,9 @@ def build_suite(
         [{name: each.raw(volume) for name, each in attacks.items()} for volume in side.fresh]
         for side in (start, candidate)
     )
-    return _suite(attacks, lows, highs, near_copy=near_copy, label_size=LabelSize(candidate.pooled))
+    return _suite(
+        attacks, lows, highs, fresh=candidate.fresh, near_copy=near_copy, label_size=LabelSize(candidate.pooled)
+    )
 
 
 def build_suite_alone(*, pooled: Tensor, fresh: Tensor, others: Tensor) -> Suite:
@@ -165,7 +168,7 @@ def build_suite_alone(*, pooled: Tensor, fresh: Tensor, others: Tensor) -> Suite
     similar, close = NearCopy(others, None), Nearest(others, None)
     lows = [{AttackName.NEAR_COPY: similar.usual(volume), AttackName.NEAREST: close.usual(volume)} for volume in fresh]
     highs = [{AttackName.NEAR_COPY: similar.raw(volume), AttackName.NEAREST: close.raw(volume)} for volume in fresh]
-    return _suite(attacks, lows, highs, near_copy=near_copy, label_size=LabelSize(pooled))
+    return _suite(attacks, lows, highs, fresh=fresh, near_copy=near_copy, label_size=LabelSize(pooled))
 
 
 def _suite(
@@ -173,17 +176,38 @@ def _suite(
     lows: Sequence[Mapping[AttackName, float]],
     highs: Sequence[Mapping[AttackName, float]],
     *,
+    fresh: Tensor,
     near_copy: NearCopy,
     label_size: LabelSize,
 ) -> Suite:
-    """The attacks in units whose ends come from raw scores at the low and at the high end."""
-    units = {name: _unit([s[name] for s in lows], [s[name] for s in highs]) for name in attacks}
+    """The attacks in units whose ends come from raw scores at the low and at the high end.
+
+    fresh: (N, 1+K, D, H, W) volumes that are attacked; if they are all one, there is no unit.
+    """
+    none = Unit(zero=math.nan, one=math.nan)
+    one_volume = collapsed(fresh)
+    units = {name: none if one_volume else _unit([s[name] for s in lows], [s[name] for s in highs]) for name in attacks}
     low_fused, high_fused = (
         [fuse({name: units[name].of(value) for name, value in s.items()}) for s in scores] for scores in (lows, highs)
     )
     return Suite(
-        attacks=attacks, units=units, fused=_unit(low_fused, high_fused), near_copy=near_copy, label_size=label_size
+        attacks=attacks,
+        units=units,
+        fused=none if one_volume else _unit(low_fused, high_fused),
+        near_copy=near_copy,
+        label_size=label_size,
     )
+
+
+def collapsed(volumes: Tensor) -> bool:
+    """Whether (N, 1+K, D, H, W) volumes are one volume again and again, also under a little noise.
+
+    The median correlation of fine structure between two of them: 0.2 to 0.5 for phantoms and for trained generators,
+    0.93 and more for one volume with noise of up to 0.2 on a range of 2. Half the pairs must be alike: a generator
+    that remembers a handful of patients is no single volume, and has to be shown as the leak it is.
+    """
+    rows = templates(pool(volumes))
+    return float((rows @ rows.T)[~torch.eye(len(rows), dtype=torch.bool)].median()) > _ONE_VOLUME
 
 
 def _needed(consented: Tensor | None, name: AttackName) -> Tensor:

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from common.attacks.suite import Material, build_suite, fuse
+from common.attacks.suite import Material, build_suite, collapsed, fuse
 from common.errors import DataError, PolicyRefusal
 from common.measure.audit_plan import Endpoint
 from common.settings.study import AttackName
@@ -65,3 +65,25 @@ def test_drawn_material_holds_different_volumes_for_scoring_and_for_the_unit():
     assert drawn.pooled.shape == (4, 2, 16, 16, 16)
     assert drawn.fresh.shape == (3, 2, 16, 16, 16)
     assert all(not torch.equal(a, b) for a in drawn.pooled for b in drawn.fresh)
+
+
+def noisy_repeats(kinds: int, noise: float) -> torch.Tensor:
+    """(24, 2, 16, 16, 16): each volume is one of so many kinds, with noise of its own on the image."""
+    volumes = torch.from_numpy(noise_pairs(31, kinds)).repeat(24 // kinds, 1, 1, 1, 1)
+    volumes[:, 0] += noise * torch.randn(volumes[:, 0].shape, generator=torch.Generator().manual_seed(0))
+    return volumes
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.15])
+def test_one_volume_under_noise_has_collapsed_and_three_remembered_ones_have_not(noise):
+    assert collapsed(noisy_repeats(1, noise))
+    assert not collapsed(noisy_repeats(3, noise))
+
+
+def test_nobody_has_a_score_against_a_generator_that_repeats_one_volume_with_noise():
+    plan = dataclasses.replace(PLAN, attacks=(AttackName.NEAR_COPY, AttackName.NEAREST))
+    repeats = noisy_repeats(1, 0.05)
+    found = build_suite(
+        candidate=Material(pooled=repeats[:-8], fresh=repeats[-8:]), start=material(noise_pairs(2, 80)), plan=plan
+    )
+    assert all(math.isnan(score) for score in found.scores(repeats[0]).values())
