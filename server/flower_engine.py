@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,13 +23,13 @@ from pathlib import Path
 from typing import Final, get_args
 
 from common.errors import IntegrityError, Unreachable, UsageError
+from common.processes import stop_process
 from common.telemetry.events import Event, Observer
 from server.components import Component, reference
 from server.failure import raise_recorded
 from server.run_folder import RunFolder
 
 _START_S: Final = 60.0
-_STOP_S: Final = 15.0
 _LOOK_S: Final = 0.5
 _COMPLETED: Final = "finished:completed"
 _SUPERLINK: Final = "simulation"
@@ -149,7 +147,7 @@ def _superlink(place: _Workplace) -> Iterator[None]:
         _wait_until_healthy(place, process)
         yield
     finally:
-        _stop(process)
+        stop_process(process)
 
 
 def _wait_until_healthy(place: _Workplace, process: subprocess.Popen[bytes]) -> None:
@@ -183,7 +181,7 @@ def _run_app(place: _Workplace, run: RunFolder, observer: Observer) -> str:
             time.sleep(_LOOK_S)
             events.pass_on(observer)
     finally:
-        _stop(process)
+        stop_process(process)
     events.pass_on(observer)
     return _status(place)
 
@@ -225,44 +223,3 @@ def _status(place: _Workplace) -> str:
         return str(runs[0]["status"])
     except (ValueError, KeyError, IndexError, TypeError):
         return "not started"
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process that we started and everything it started: Flower's children have sessions of their own."""
-    children = _descendants(process.pid)
-    if process.poll() is None:
-        process.terminate()
-    try:
-        process.wait(_STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    end = time.monotonic() + _STOP_S
-    while any(map(_alive, children)) and time.monotonic() < end:
-        time.sleep(0.1)
-    for pid in filter(_alive, children):
-        os.kill(pid, signal.SIGKILL)
-
-
-def _descendants(root: int) -> list[int]:
-    """Process ids below `root`."""
-    ps = shutil.which("ps")
-    if ps is None:
-        return []
-    listing = subprocess.run([ps, "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)  # noqa: S603
-    parents = {int(pid): int(parent) for pid, parent in (line.split() for line in listing.stdout.splitlines())}
-    found, edge = [], {root}
-    while edge:
-        edge = {pid for pid, parent in parents.items() if parent in edge}
-        found.extend(sorted(edge))
-    return found
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return False  # the id belongs to somebody else by now
-    return True
