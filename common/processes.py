@@ -172,6 +172,13 @@ class Supervisor:
         """Process ids of the children that run, by name."""
         return {name: kept.process.pid for name, kept in self._kept.items() if kept.process.poll() is None}
 
+    def orphans(self, name: str) -> frozenset[Seen]:
+        """Return what the child of this name left running when it ended; nothing while it runs."""
+        kept = self._kept.get(name)
+        if kept is None or kept.process.poll() is None:
+            return frozenset()
+        return frozenset(process for process in kept.below if alive(process))
+
     def poll(self) -> tuple[Ended, ...]:
         """Look once: return who ended since the last look, and start again whose time to wait is over.
 
