@@ -44,13 +44,17 @@ class SiteRequest:
 
 def build_request(key: EllipticCurvePrivateKey, *, site: str, hospital: str) -> bytes:
     """The request as PEM, signed by `key`. Raises SettingsError that lists what is wrong with the names."""
-    problems = [*_site_problems([site]), *_hospital_problems([hospital])]
-    if problems:
+    if problems := name_problems(site, hospital):
         raise SettingsError("\n".join(problems))
     subject = x509.Name(
         [x509.NameAttribute(NameOID.ORGANIZATION_NAME, hospital), x509.NameAttribute(NameOID.COMMON_NAME, site)]
     )
     return x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, SHA384()).public_bytes(Encoding.PEM)
+
+
+def name_problems(site: str, hospital: str) -> list[str]:
+    """What is wrong with the names of a site and its hospital, before a key is made; empty when nothing is."""
+    return [*_site_problems([site]), *_hospital_problems([hospital])]
 
 
 def check_request(data: bytes, name: str) -> SiteRequest:

@@ -15,14 +15,22 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
+from pydantic import ValidationError
 
-from common.errors import IntegrityError
+from common.errors import IntegrityError, SettingsError
 from common.evidence.atomic import whole_folder, write_atomic
 from common.evidence.signing import create_signing_key, load_signing_key, public_key_hex
 from common.identity.welcome import Welcome
 from common.settings.federation import FederationSettings, load_federation
-from common.settings.load import settings_yaml
-from server.federation.authority import LOOPBACK, Authority, create_server_key, load_certificate, load_private_key
+from common.settings.load import problems_text, settings_yaml
+from server.federation.authority import (
+    LOOPBACK,
+    Authority,
+    create_server_key,
+    load_certificate,
+    load_private_key,
+    load_revocations,
+)
 from server.federation.folder import FederationFolder
 from server.federation.registry import EnrolledSite, Registry
 
@@ -44,6 +52,14 @@ class Renewed:
 
     service: Service
     not_after: datetime
+
+
+def federation_settings(**given: object) -> FederationSettings:
+    """Settings from what somebody gave on the command line. Raises SettingsError listing every problem."""
+    try:
+        return FederationSettings.model_validate(given)
+    except ValidationError as failure:
+        raise SettingsError(problems_text(failure, FederationSettings, "federation")) from failure
 
 
 def create_federation(path: Path, settings: FederationSettings, *, now: datetime) -> FederationFolder:
@@ -113,6 +129,15 @@ def due(folder: FederationFolder, *, now: datetime) -> tuple[Service, ...]:
         for service in Service
         if load_certificate(_certificate_file(folder, service)).not_valid_after_utc < now + RENEW_WITHIN
     )
+
+
+def revocations_due(folder: FederationFolder, *, now: datetime) -> bool:
+    """Whether the revocation list is missing, damaged or should be written anew within 30 days."""
+    try:
+        following = load_revocations(folder.revocations).next_update_utc
+    except IntegrityError:
+        return True
+    return following is None or following < now + RENEW_WITHIN
 
 
 def _write_service(

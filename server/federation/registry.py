@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -176,10 +176,10 @@ class Registry:
             self._write_revocations(authority, now)
         return new
 
-    def write_revocations(self, *, now: datetime) -> None:
-        """Write the revocation list anew, for its date or after a crash between registry and list."""
+    def write_revocations(self, *, now: datetime) -> datetime:
+        """Write the revocation list anew, for its date or after a crash; returns when it is due again."""
         with self._locked():
-            self._write_revocations(Authority.open(self._folder), now)
+            return self._write_revocations(Authority.open(self._folder), now)
 
     def _known(self, request: SiteRequest) -> EnrolledSite | None:
         """The site when it is enrolled with this very key. Raises Refusal for what stands against enrolling it."""
@@ -216,13 +216,14 @@ class Registry:
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, certificate.public_bytes(Encoding.PEM))
 
-    def _write_revocations(self, authority: Authority, now: datetime) -> None:
+    def _write_revocations(self, authority: Authority, now: datetime) -> datetime:
         revoked = {
             int(serial, 16): site.revoked_at for site in self.all() if site.revoked_at for serial in site.serials
         }
         days = load_federation(self._folder.path).certificate_days
         written = authority.revocation_list(revoked, days=days, now=now)
         write_atomic(self._folder.revocations, written.public_bytes(Encoding.PEM))
+        return now + timedelta(days=days)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
