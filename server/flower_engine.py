@@ -25,8 +25,8 @@ from typing import Final, get_args
 from common.errors import IntegrityError, Unreachable, UsageError
 from common.processes import stop_process
 from common.telemetry.events import Event, Observer
-from server.components import Component, reference
 from server.failure import raise_recorded
+from server.federation.bundle import manifest
 from server.run_folder import RunFolder
 
 _START_S: Final = 60.0
@@ -105,23 +105,13 @@ def _prepare(run: RunFolder) -> _Workplace:
     place = _Workplace(folder=run.path.resolve() / "flower", port=_free_port())
     for folder in (place.app, place.empty, place.folder / "home"):
         folder.mkdir(parents=True, exist_ok=True)
-    (place.app / "pyproject.toml").write_text(_app_manifest(), encoding="utf-8")
+    (place.app / "pyproject.toml").write_text(manifest(), encoding="utf-8")
     (place.folder / "home" / "config.toml").write_text(
         f'[superlink]\ndefault = "{_SUPERLINK}"\n\n[superlink.{_SUPERLINK}]\n'
         f'address = "127.0.0.1:{place.port}"\ninsecure = true\n',
         encoding="utf-8",
     )
     return place
-
-
-def _app_manifest() -> str:
-    """A bundle without code: two names and the run's settings."""
-    components = "\n".join(f'{component} = "{reference(component)}"' for component in Component)
-    return (
-        '[project]\nname = "consilium-run"\nversion = "1.0.0"\ndescription = "Names the installed apps of Consilium"\n'
-        'license = "Apache-2.0"\ndependencies = []\n\n[tool.flwr.app]\npublisher = "consilium"\n\n'
-        f'[tool.flwr.app.components]\n{components}\n\n[tool.flwr.app.config]\nrun = ""\nsites = ""\n'
-    )
 
 
 def _free_port() -> int:
@@ -171,7 +161,7 @@ def _run_app(place: _Workplace, run: RunFolder, observer: Observer) -> str:
         *("run", str(place.app), _SUPERLINK, "--stream", "--run-config", settings),
         *("--federation-config", f"num-supernodes={len(run.facts.sites)} client-resources-num-cpus=1"),
     )
-    events = _Tail(run.events)
+    events = Tail(run.events)
     with place.log.open("ab") as log:
         process = subprocess.Popen(  # noqa: S603  # our own environment's command, no shell
             command, cwd=place.empty, env=place.environment, stdout=log, stderr=log
@@ -186,12 +176,12 @@ def _run_app(place: _Workplace, run: RunFolder, observer: Observer) -> str:
     return _status(place)
 
 
-class _Tail:
-    """What is appended to an events file from now on."""
+class Tail:
+    """What is appended to an events file from now on, or all of it with `from_start`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, from_start: bool = False) -> None:
         self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
+        self._offset = path.stat().st_size if path.exists() and not from_start else 0
 
     def pass_on(self, observer: Observer) -> None:
         """Tell the observer every whole line since the last look."""
