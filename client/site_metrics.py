@@ -29,7 +29,7 @@ from common.telemetry.security_log import SecurityLog
 from common.telemetry.serving import LOOPBACK, Serving, serve_metrics
 
 ANSWERED: Final = "answered"
-CERTIFICATES: Final = {"ca": "federation/ca.pem", "site": "federation/site.pem"}
+CERTIFICATES: Final = {"authority": "federation/ca.pem", "site": "federation/site.pem"}
 _LOOK_S: Final = 10.0
 _REST_S: Final = 60.0  # between two readings of the ledger, however often it changes
 _AGAIN_S: Final = 6 * 3600.0  # a ledger that nobody changed is verified again: disks go bad, and copies are put back

@@ -202,7 +202,7 @@ def scraped(read: Callable[[], Iterable[Sample]], registry: Registry | None = No
 
 def counter(metric: Metric, registry: Registry) -> Counter:
     """A counter of this process on the page of `registry`."""
-    disable_created_metrics()  # the library's further series of its own, which are not on the page
+    _only_the_page()
     return Counter(metric.name.removesuffix("_total"), metric.text, metric.labels, registry=registry)
 
 
@@ -213,8 +213,13 @@ def gauge(metric: Metric, registry: Registry) -> Gauge:
 
 def histogram(metric: Metric, registry: Registry, *, buckets: Sequence[float] = DURATION_BUCKETS_S) -> Histogram:
     """A histogram of durations in this process on the page of `registry`."""
-    disable_created_metrics()
+    _only_the_page()
     return Histogram(metric.name, metric.text, metric.labels, registry=registry, buckets=tuple(buckets))
+
+
+def _only_the_page() -> None:
+    """Without the library's further series of its own, when each counter was made."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class _Read(Collector):

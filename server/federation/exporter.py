@@ -7,30 +7,36 @@ it fares is on the site's own page.
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from common.errors import ConsiliumError, VerificationFailed
+from common.errors import ConsiliumError, IntegrityError, VerificationFailed
 from common.evidence.chain import EvidenceChain, Record
 from common.evidence.predicate import ROUND_RECORD
+from common.processes import recorded_pids
 from common.telemetry import metrics as page
-from common.telemetry.folder_figures import SecurityLogFigures, build, certificates, disk, guarded
+from common.telemetry.folder_figures import SecurityLogFigures, build, disk, guarded
 from common.telemetry.metrics import Sample
 from common.telemetry.security_log import SecurityLog
 from common.telemetry.serving import LOOPBACK, Serving, serve_metrics
+from server.federation.authority import expires
+from server.federation.control import Control
+from server.federation.folder import FederationFolder
+from server.federation.network_run import Activity, activity, look_at
+from server.federation.registry import Registry, SiteState
 from server.run_folder import RunFolder, RunState, read_decision
 
 RUNS_SHOWN: Final = 50  # the newest; a page must not grow with the years
 NOT_HELD_RECORD: Final = "round-not-held"
-RUN_STATES: Final = ("open", "failed", "finished")
-CERTIFICATES: Final = {"ca": "authority/ca.pem", "gateway": "gateway/server.pem", "superlink": "superlink/server.pem"}
+PROCESSES: Final = ("superlink", "superexec", "gateway")  # what `federation serve` starts
 USED: Final = "used"
 # Phrases of the round record by the word that rules and dashboards use; a test compares them with `server.sites`.
 OUTCOMES: Final = {
@@ -42,33 +48,33 @@ OUTCOMES: Final = {
     "ledger went back behind a head that was countersigned": "ledger-rollback",
 }
 _REFUSED = re.compile(r"site refused \(([a-z-]+)\)")
-_ASK_S: Final = 30.0
+_ASK_S: Final = 15.0
+_STOP_S: Final = 1.0
 
-Online = Callable[[], Iterable[str]]
+Ask = Callable[[Path], "Seen"]
 
 
 def serve_coordinator_metrics(
-    folder: Path, port: int, *, online: Online | None = None, host: str = LOOPBACK, ask_s: float = _ASK_S
+    folder: Path, port: int, *, host: str = LOOPBACK, ask: Ask | None = None, ask_s: float = _ASK_S
 ) -> Exporter:
     """Serve the metrics of the federation folder at http://host:port/metrics; the caller stops it.
 
-    online: names of the connected sites; asked every `ask_s` in a thread of its own, because the SuperLink takes its
-    time. port: 0 for one that the operating system chooses. Raises UsageError when it cannot be listened on.
+    port: 0 for one that the operating system chooses. ask: every `ask_s`, by default the folder's SuperLink. Raises
+    UsageError when the port cannot be listened on.
     """
-    return Exporter(folder, port, online=online, host=host, ask_s=ask_s)
+    return Exporter(folder, port, host=host, ask=ask or ask_superlink, ask_s=ask_s)
 
 
 class Exporter:
     """A running page of a coordinator. Made by `serve_coordinator_metrics`. Final."""
 
-    def __init__(self, folder: Path, port: int, *, online: Online | None, host: str, ask_s: float) -> None:
+    def __init__(self, folder: Path, port: int, *, host: str, ask: Ask, ask_s: float) -> None:
         self._folder = folder
         self._security = SecurityLogFigures(SecurityLog.of_folder(folder).path)
         self._runs: dict[Path, tuple[object, list[Sample]]] = {}
-        self._online = None if online is None else _OnlineWatch(online, ask_s)
+        self._watch = _Watch(folder, ask, ask_s)
         self._serving: Serving = serve_metrics(page.scraped(self._read), port, host=host)
-        if self._online:
-            self._online.start()
+        self._watch.start()
 
     @property
     def port(self) -> int:
@@ -76,117 +82,122 @@ class Exporter:
         return self._serving.port
 
     def stop(self) -> None:
-        """Close the port and end the thread that asks who is connected."""
-        if self._online:
-            self._online.stop()
+        """Close the port and end the thread that asks the SuperLink."""
+        self._watch.stop()
         self._serving.stop()
 
     def _read(self) -> Iterator[Sample]:
         yield build("coordinator")
         yield from guarded("disk", lambda: disk(self._folder))
         yield from guarded("security-log", self._security.read)
-        yield from guarded("registry", self._registry)
-        yield from guarded("certificates", lambda: certificates(_certificate_files(self._folder)))
-        yield from guarded("processes", lambda: processes(self._folder / "pids.json"))
-        yield from guarded("runs", self._all_runs)
+        yield from guarded("registry", self._sites)
+        yield from guarded("certificates", self._certificates)
+        yield from guarded("processes", self._processes)
+        yield from self._all_runs()
+        yield from self._watch.figures()
 
-    def _registry(self) -> Iterator[Sample]:
-        sites = registered(self._folder)
-        states = Counter({"enrolled": 0, "revoked": 0}) + Counter(sites.values())
-        for state in ("enrolled", "revoked"):
-            yield page.SITES.at(states[state], state=state)
-        if self._online:
-            yield from self._online.figures(name for name, state in sites.items() if state == "enrolled")
+    def _sites(self) -> Iterator[Sample]:
+        sites = Registry(self._folder).all()
+        for state in SiteState:
+            yield page.SITES.at(sum(site.state is state for site in sites), state=state.value)
+
+    def _certificates(self) -> Iterator[Sample]:
+        enrolled = {f"site/{site.name}" for site in Registry(self._folder).enrolled()}
+        for name, ends in expires(self._folder).items():
+            if name in enrolled or not name.startswith("site/"):  # who was revoked needs no renewal
+                yield page.CERTIFICATE_EXPIRY.at(ends.timestamp(), certificate=name)
+
+    def _processes(self) -> Iterator[Sample]:
+        running = recorded_pids(FederationFolder.open(self._folder).processes)
+        for name in PROCESSES:
+            yield page.PROCESS_UP.at(int(name in running), process=name)
 
     def _all_runs(self) -> Iterator[Sample]:
-        files = sorted(self._folder.glob("runs/*/run.json"), key=lambda path: path.stat().st_mtime_ns)
+        """Of each run that can be read; a damaged one is said by READ_FAILED and hides no other."""
         kept: dict[Path, tuple[object, list[Sample]]] = {}
-        for path in (file.parent for file in files[-RUNS_SHOWN:]):
-            seen = _fingerprint(RunFolder(path=path))
-            before = self._runs.get(path)
-            # A chain is verified link by link, so only when it has grown.
-            kept[path] = before if before and before[0] == seen else (seen, list(run_samples(RunFolder(path=path))))
-            yield from kept[path][1]
+        failed = False
+        for run in newest_runs(self._folder):
+            seen, before = _fingerprint(run), self._runs.get(run.path)
+            if before is None or before[0] != seen:  # a chain is verified link by link, so only when it has grown
+                before = (seen, guarded("runs", partial(run_samples, run)))
+            kept[run.path] = before
+            failed |= before[1][0].value > 0
+            yield from before[1][1:]
         self._runs = kept
+        yield page.READ_FAILED.at(int(failed), source="runs")
 
 
-class _OnlineWatch:
-    """Who is connected, asked again and again in a thread of its own."""
+def newest_runs(folder: Path) -> list[RunFolder]:
+    """At most RUNS_SHOWN runs, those that changed last."""
+    files = sorted(folder.glob("runs/*/run.json"), key=lambda path: path.stat().st_mtime_ns)
+    return [RunFolder(path=file.parent) for file in files[-RUNS_SHOWN:]]
 
-    def __init__(self, online: Online, ask_s: float) -> None:
-        self._ask = online
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What only the SuperLink knows, together with the folder. online: by name of site. activities: by name of run."""
+
+    online: Mapping[str, bool]
+    activities: Mapping[str, Activity]
+
+
+def ask_superlink(folder: Path) -> Seen:
+    """Ask the SuperLink of this folder. Raises Unreachable when it does not answer."""
+    control, now = Control(folder), datetime.now(UTC)
+    connected = {node.public_key for node in control.nodes() if node.online}
+    activities = {}
+    for run in newest_runs(folder):
+        with suppress(IntegrityError):  # of a damaged run the other figures tell
+            finished = run.facts.state is RunState.FINISHED
+            activities[run.path.name] = activity(look_at(run, None if finished else control), now)
+    online = {site.name: site.public_pem in connected for site in Registry(folder).enrolled()}
+    return Seen(online=online, activities=activities)
+
+
+class _Watch:
+    """Asks again and again in a thread of its own: a scrape must not wait for a SuperLink that is busy or gone."""
+
+    def __init__(self, folder: Path, ask: Ask, ask_s: float) -> None:
+        self._folder = folder
+        self._ask = ask
         self._ask_s = ask_s
-        self._names: frozenset[str] | None = None
-        self._failed = False
+        self._seen: Seen | None = None
+        self._asked = threading.Event()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="online-watch", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="superlink-watch", daemon=True)
 
     def start(self) -> None:
+        """Begin; the first question is asked at once."""
         self._thread.start()
 
     def stop(self) -> None:
+        """End the thread; a question that is under way is left to end on its own."""
         self._ended.set()
-        self._thread.join(1.0)  # a question that is under way is left to end on its own
+        self._thread.join(_STOP_S)
 
-    def figures(self, enrolled: Iterable[str]) -> Iterator[Sample]:
-        """Of each enrolled site; none while the SuperLink does not answer: unknown is not offline."""
-        yield page.READ_FAILED.at(int(self._failed), source="superlink")
-        names = self._names
-        if names is not None:
-            for name in enrolled:
-                yield page.SITE_ONLINE.at(int(name in names), site=name)
+    def figures(self) -> Iterator[Sample]:
+        """Of every enrolled site and every run; none while the SuperLink does not answer: unknown is not offline."""
+        if not self._asked.is_set():
+            return
+        seen = self._seen
+        yield page.READ_FAILED.at(int(seen is None), source="superlink")
+        if seen is None:
+            return
+        for site, online in sorted(seen.online.items()):
+            yield page.SITE_ONLINE.at(int(online), site=site)
+        for run, found in sorted(seen.activities.items()):
+            for state in Activity:
+                yield page.RUN_STATE.at(int(state is found), run=run, state=state.value.replace(" ", "-"))
 
     def _watch(self) -> None:
         while True:
             try:
-                self._names, self._failed = frozenset(self._ask()), False
+                self._seen = self._ask(self._folder)
             except Exception:  # noqa: BLE001  a SuperLink that is down is a figure, not an end
-                self._names, self._failed = None, True
+                self._seen = None
+            self._asked.set()
             if self._ended.wait(self._ask_s):
                 return
-
-
-# --- the registry, certificates and processes -------------------------------------------------------------------------
-
-
-def registered(folder: Path) -> dict[str, str]:
-    """State (`enrolled`, `revoked`) by site name. Empty before the first enrolment; ValueError when damaged."""
-    path = folder / "sites.json"
-    if not path.exists():
-        return {}
-    body = json.loads(path.read_text(encoding="utf-8"))
-    sites = body["sites"] if isinstance(body, dict) else body
-    rows = sites.values() if isinstance(sites, dict) else sites
-    return {str(row["name"]): str(row["state"]) for row in rows}
-
-
-def _certificate_files(folder: Path) -> dict[str, Path]:
-    files = {name: folder / path for name, path in CERTIFICATES.items()}
-    for name, state in registered(folder).items():
-        if state == "enrolled":
-            files[f"site/{name}"] = folder / "sites" / f"{name}.pem"
-    return files
-
-
-def processes(path: Path) -> Iterator[Sample]:
-    """Whether what `federation serve` started still runs. path: its pids.json."""
-    if not path.exists():
-        return
-    body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for name, found in sorted(body.items()):
-        pid = found.get("pid") if isinstance(found, dict) else found
-        if isinstance(pid, int):
-            yield page.PROCESS_UP.at(int(_alive(pid)), process=name)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -203,16 +214,8 @@ class _Rounds:
 
 
 def run_samples(run: RunFolder) -> Iterator[Sample]:
-    """Everything about one run; what cannot be read of it is said by READ_FAILED of `run`, or by its state."""
-    name = run.path.name
-    try:
-        facts, study = run.facts, run.study
-    except (ConsiliumError, OSError, ValueError):
-        yield page.RUN_STATE.at(1, run=name, state="failed")
-        return
-    state = "finished" if facts.state is RunState.FINISHED else "failed" if run.failure.exists() else "open"
-    for one in RUN_STATES:
-        yield page.RUN_STATE.at(int(one == state), run=name, state=one)
+    """Everything that the folder of one run says. Raises IntegrityError when the folder is damaged."""
+    name, facts, study = run.path.name, run.facts, run.study
     if facts.outcome is not None:
         yield page.RUN_OUTCOME.at(1, run=name, outcome=facts.outcome)
     yield page.RUN_ROUNDS_PLANNED.at(study.training.rounds, run=name)
@@ -222,7 +225,7 @@ def run_samples(run: RunFolder) -> Iterator[Sample]:
     if spent is not None:
         yield page.RUN_EPSILON_SPENT.at(spent, run=name)
     yield from _evidence(run, name)
-    if state == "finished":
+    if facts.state is RunState.FINISHED:
         yield from _stated(run, name)
 
 
@@ -295,5 +298,5 @@ def _stated(run: RunFolder, name: str) -> Iterator[Sample]:
 
 
 def _fingerprint(run: RunFolder) -> object:
-    files = (run.facts_file, run.failure, run.evidence, run.events, run.release)
+    files = (run.facts_file, run.evidence, run.events, run.release)
     return tuple((path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None for path in files)
