@@ -211,9 +211,13 @@ def _check_successor(earlier: Welcome | None, welcome: Welcome, folder: Path) ->
         )
     if welcome.certificate.not_valid_before_utc < earlier.certificate.not_valid_before_utc:
         raise Refusal(
-            f"this welcome is of {welcome.certificate.not_valid_before_utc:%Y-%m-%d}, the stored one of "
-            f"{earlier.certificate.not_valid_before_utc:%Y-%m-%d}; the older was not stored. Ask for the newest."
+            f"this welcome is of {_issued(welcome)}, the stored one of {_issued(earlier)}; the older was not stored. "
+            "Ask the coordinator for the newest."
         )
+
+
+def _issued(welcome: Welcome) -> str:
+    return f"{welcome.certificate.not_valid_before_utc:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _notes(earlier: Welcome | None, welcome: Welcome) -> Iterator[str]:

@@ -132,11 +132,10 @@ def due(folder: FederationFolder, *, now: datetime) -> tuple[Service, ...]:
 
 
 def revocations_due(folder: FederationFolder, *, now: datetime) -> bool:
-    """Whether the revocation list is missing, damaged or should be written anew within 30 days."""
-    try:
-        following = load_revocations(folder.revocations).next_update_utc
-    except IntegrityError:
+    """Whether the revocation list is missing or damaged, lacks a revoked site, or grows old within 30 days."""
+    if not Registry(folder).listed():
         return True
+    following = load_revocations(folder.revocations).next_update_utc
     return following is None or following < now + RENEW_WITHIN
 
 

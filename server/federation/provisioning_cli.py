@@ -53,7 +53,6 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Make a federation: its authority, certificates and keys, and an empty list of sites."""
-
     settings = federation_settings(
         name=name,
         host=host,
@@ -97,7 +96,6 @@ def enrol(
     as_json: AsJson = False,
 ) -> None:
     """Take a site in: check its request, issue its certificate, write its welcome. No other site changes."""
-
     found = FederationFolder.open(folder)
     _check_free(out, "nobody was enrolled")
     with _refusals_noted(folder, "enrol"):
@@ -145,19 +143,24 @@ def revoke(
     as_json: AsJson = False,
 ) -> None:
     """Take a site out, at once and with every certificate it ever had. No other site changes."""
-
     with _refusals_noted(folder, "revoke"):
-        revoked = Registry(folder).revoke(site, reason=reason, now=datetime.now(UTC))
+        registry = Registry(folder)
+        revoked = registry.revoke(site, reason=reason, now=datetime.now(UTC))
+    listed = registry.listed()
     SecurityLog.of_folder(folder).note(
         operation="revoke", outcome="done", site=site, fingerprint=grouped(revoked.fingerprint), reason=revoked.reason
     )
     told = _tell_superlink(folder)
     if as_json:
         facts = {"site": site, "fingerprint": grouped(revoked.fingerprint), "superlink": told, "reason": revoked.reason}
-        typer.echo(json.dumps({**facts, "serials": revoked.serials}, indent=2, sort_keys=True))
+        typer.echo(json.dumps({**facts, "listed": listed, "serials": revoked.serials}, indent=2, sort_keys=True))
         return
     typer.echo(f"revoked      {site}: {len(revoked.serials)} certificates, key {grouped(revoked.fingerprint)}")
     typer.echo(f"superlink    {told}")
+    if not listed:
+        typer.echo(
+            f"list         NOT WRITTEN: bring the authority's key back and run `consilium federation renew {folder}`"
+        )
     typer.echo("again        the hospital may come back with a new key: `consilium site init` in a new folder")
 
 
@@ -217,8 +220,8 @@ def sites(folder: Folder, as_json: AsJson = False) -> None:
         return
     typer.echo(f"authority  {_authority(found)}, until {ends['authority']:%Y-%m-%d}")
     for site in known:
-        end = f"until {site.not_after:%Y-%m-%d}" if site.revoked_at is None else f"on {site.revoked_at:%Y-%m-%d}"
-        typer.echo(f"{_state(site, now):<9}  {site.name} ({site.hospital}), {end}, {grouped(site.fingerprint)}")
+        when = f"until {site.not_after:%Y-%m-%d}" if site.revoked_at is None else f"on {site.revoked_at:%Y-%m-%d}"
+        typer.echo(f"{_state(site, now):<9}  {site.name} ({site.hospital}), {when}, {grouped(site.fingerprint)}")
     if not known:
         typer.echo("no site is enrolled yet")
     for name, end in soon.items():

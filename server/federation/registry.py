@@ -11,7 +11,7 @@ import fcntl
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -27,7 +27,7 @@ from common.identity.keys import grouped, openssh_text, public_pem, read_fingerp
 from common.identity.request import SITE_NAME, SiteRequest
 from common.settings.federation import load_federation
 from common.settings.study import Settings
-from server.federation.authority import Authority, site_serial
+from server.federation.authority import Authority, load_revocations, site_serial
 from server.federation.folder import FederationFolder
 
 _PATIENCE_S: Final = 10.0
@@ -130,6 +130,11 @@ class Registry:
             )
         with self._locked():
             if (known := self._known(request)) is not None:
+                if not known.valid(now):
+                    raise Refusal(
+                        f"{known.name} is enrolled with this key, but its certificate ended on "
+                        f"{known.not_after:%Y-%m-%d}; nothing was issued. Use `consilium federation renew --site`."
+                    )
                 return known
             certificate = Authority.open(self._folder).issue_site(request, days=days, now=now)
             site = EnrolledSite(
@@ -162,19 +167,30 @@ class Registry:
         return new
 
     def revoke(self, name: str, *, reason: str, now: datetime) -> EnrolledSite:
-        """Take a site out, with every certificate it ever had. Raises UsageError when it is not enrolled."""
+        """Take a site out, with every certificate it ever had. Raises UsageError when it is not enrolled.
+
+        An authority's key that lies offline must not keep a stolen node key enrolled: the registry changes at once,
+        and the revocation list when `write_revocations` finds the key (`listed` says whether it has).
+        """
         if not reason.strip() or not reason.isprintable():
             raise UsageError("a revocation needs a reason of printable characters; nobody was revoked. Give --reason.")
         with self._locked():
             old = self.find(name)
-            authority = Authority.open(self._folder)  # before anything changes: without its key there is no list
-            new = old.model_copy(
-                update={"state": SiteState.REVOKED, "revoked_at": now.replace(microsecond=0), "reason": reason.strip()}
-            )
+            changes = {"state": SiteState.REVOKED, "revoked_at": now.replace(microsecond=0), "reason": reason.strip()}
+            new = old.model_copy(update=changes)
             self._replace(old, new)
             self._folder.site_certificate(name).unlink(missing_ok=True)
-            self._write_revocations(authority, now)
+            with suppress(UsageError, IntegrityError):
+                self._write_revocations(Authority.open(self._folder), now)
         return new
+
+    def listed(self) -> bool:
+        """Whether the revocation list names every certificate of every revoked site."""
+        try:
+            named = {entry.serial_number for entry in load_revocations(self._folder.revocations)}
+        except IntegrityError:
+            return False
+        return named >= set(self._revoked())
 
     def write_revocations(self, *, now: datetime) -> datetime:
         """Write the revocation list anew, for its date or after a crash; returns when it is due again."""
@@ -216,12 +232,13 @@ class Registry:
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, certificate.public_bytes(Encoding.PEM))
 
+    def _revoked(self) -> dict[int, datetime]:
+        """Serial numbers of every certificate that a revoked site ever had, with the time of each."""
+        return {int(serial, 16): site.revoked_at for site in self.all() if site.revoked_at for serial in site.serials}
+
     def _write_revocations(self, authority: Authority, now: datetime) -> datetime:
-        revoked = {
-            int(serial, 16): site.revoked_at for site in self.all() if site.revoked_at for serial in site.serials
-        }
         days = load_federation(self._folder.path).certificate_days
-        written = authority.revocation_list(revoked, days=days, now=now)
+        written = authority.revocation_list(self._revoked(), days=days, now=now)
         write_atomic(self._folder.revocations, written.public_bytes(Encoding.PEM))
         return now + timedelta(days=days)
 
