@@ -60,13 +60,13 @@ def events_file(path: Path, now: Clock) -> Observer:
 
 
 @contextmanager
-def run_log(folder: Path, now: Clock) -> Iterator[Path]:
-    """While open, everything logged goes to `folder`/log.jsonl, redacted; yields that path.
+def run_log(folder: Path, now: Clock, *, name: str = "log.jsonl") -> Iterator[Path]:
+    """While open, everything logged goes to the file `name` in `folder`, redacted; yields its path.
 
     Warnings of Python and of talkative libraries go there too. An unexpected exception is written with its
     traceback and carries a note with the log's path when it leaves.
     """
-    path = folder / "log.jsonl"
+    path = folder / name
     with path.open("a", encoding="utf-8") as file:
         structlog.configure(
             processors=[

@@ -28,7 +28,8 @@ from common.telemetry.logs import redact
 GENESIS: Final = "0" * 64
 FILE: Final = "security.jsonl"
 LONGEST_TEXT: Final = 200  # of a fact; a name, a digest or a fixed phrase is shorter
-LONGEST_LINE: Final = 16384
+MOST_FACTS: Final = 20
+_LONGEST_LINE: Final = 2**15  # of MOST_FACTS, each character of a text escaped
 _LARGEST_NUMBER: Final = 2**53
 _WORD = re.compile(r"[a-z][a-z0-9-]{0,62}")
 _FACT = re.compile(r"[a-z][a-z0-9_]{0,62}")
@@ -144,6 +145,8 @@ def _word(text: str) -> str:
 
 
 def _facts(facts: Mapping[str, Fact]) -> dict[str, Json]:
+    if len(facts) > MOST_FACTS:
+        raise ValueError(f"a line has at most {MOST_FACTS} facts, got {len(facts)}")
     for name, value in facts.items():
         if not _FACT.fullmatch(name) or not isinstance(value, str | int | float | bool | None):
             raise ValueError(f"a fact is a named text, number or yes/no, got {name!r} of {type(value).__name__}")
@@ -184,7 +187,7 @@ def _tail(stream: FileIO, name: str) -> tuple[int, SecurityRecord | None]:
     Only the end is read: a log of years must not make each line slower.
     """
     size = stream.seek(0, os.SEEK_END)
-    begin = max(0, size - 2 * LONGEST_LINE)
+    begin = max(0, size - 2 * _LONGEST_LINE)
     stream.seek(begin)
     data = stream.read()
     whole = data.rfind(b"\n") + 1
