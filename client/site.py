@@ -114,7 +114,7 @@ class _Enrolled:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Answer:
-    """What steps (1) to (8) end with. shapes, labels: for the manifest. policy: digest of the policy that allowed it."""
+    """What steps (1) to (8) end with. shapes, labels: for the manifest. policy: digest of what allowed it."""
 
     reply: Reply
     shapes: Shapes
