@@ -20,6 +20,7 @@ from datetime import time as midnight
 from pathlib import Path
 from typing import Any, Final
 
+from client.joining import expires
 from common.errors import ConsiliumError, ExitCode
 from common.settings.site import load_policy, load_site
 from common.telemetry import metrics as page
@@ -29,7 +30,6 @@ from common.telemetry.security_log import SecurityLog
 from common.telemetry.serving import LOOPBACK, Serving, serve_metrics
 
 ANSWERED: Final = "answered"
-CERTIFICATES: Final = {"authority": "federation/ca.pem", "site": "federation/site.pem"}
 _LOOK_S: Final = 10.0
 _REST_S: Final = 60.0  # between two readings of the ledger, however often it changes
 _AGAIN_S: Final = 6 * 3600.0  # a ledger that nobody changed is verified again: disks go bad, and copies are put back
@@ -74,6 +74,7 @@ class SiteMetrics:
         self._security = SecurityLogFigures(SecurityLog.of_folder(folder).path)
         self._ledger = _LedgerWatch(folder, read_ledger, look_s)
         self._last_success: float | None = None
+        self._is_ready: Callable[[], bool] | None = None
         registry = page.scraped(self._read)
         self._replies = page.counter(page.SITE_REPLIES, registry)
         self._sent = page.counter(page.SITE_SENT, registry)
@@ -99,6 +100,10 @@ class SiteMetrics:
         if outcome == ANSWERED:
             self._last_success = time.time()
 
+    def report_readiness(self, is_ready: Callable[[], bool]) -> None:
+        """Show from now on whether an order that came now would be worked on; cheap, asked at every scrape."""
+        self._is_ready = is_ready
+
     def stop(self) -> None:
         """Close the port and end the thread that watches the ledger, with its process if one is running."""
         self._ledger.stop()
@@ -110,11 +115,12 @@ class SiteMetrics:
         yield build("site")
         yield from guarded("disk", lambda: disk(self._folder))
         yield from guarded("security-log", self._security.read)
-        files = {name: self._folder / path for name, path in CERTIFICATES.items()}
-        yield from guarded("certificates", lambda: certificates(files))
+        yield from guarded("certificates", lambda: certificates(expires(self._folder)))
         yield from guarded("settings", lambda: _settings(self._folder))
         yield from self._policy()
         yield from self._ledger.figures()
+        if self._is_ready is not None:
+            yield page.SITE_READY.at(int(self._is_ready()))
         last = max(filter(None, (self._last_success, self._ledger.last_done)), default=None)
         if last is not None:
             yield page.SITE_LAST_SUCCESS.at(last)

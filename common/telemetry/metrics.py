@@ -122,6 +122,7 @@ SITE_ORDER_SECONDS = _metric("site_order_seconds", _H, _SITE, "From taking an or
 SITE_LAST_SUCCESS = _metric(
     "site_last_success_timestamp_seconds", _G, _SITE, "When an order was last answered, Unix time; absent before"
 )
+SITE_READY = _metric("site_ready", _G, _SITE, "1 while an order that came now would be worked on")
 SITE_PAUSED = _metric("site_paused", _G, _SITE, "1 while the hospital has paused this site")
 SITE_POLICY_VALID = _metric("site_policy_valid", _G, _SITE, "1 while the policy can be read and has not expired")
 SITE_POLICY_EXPIRY = _metric("site_policy_expiry_timestamp_seconds", _G, _SITE, "When the policy ends, Unix time")

@@ -23,7 +23,7 @@ from common.evidence.chain import EvidenceChain, Record
 from common.evidence.predicate import ROUND_RECORD
 from common.processes import recorded_pids
 from common.telemetry import metrics as page
-from common.telemetry.folder_figures import SecurityLogFigures, build, disk, guarded
+from common.telemetry.folder_figures import SecurityLogFigures, build, certificates, disk, guarded
 from common.telemetry.metrics import Sample
 from common.telemetry.security_log import SecurityLog
 from common.telemetry.serving import LOOPBACK, Serving, serve_metrics
@@ -103,9 +103,8 @@ class Exporter:
 
     def _certificates(self) -> Iterator[Sample]:
         enrolled = {f"site/{site.name}" for site in Registry(self._folder).enrolled()}
-        for name, ends in expires(self._folder).items():
-            if name in enrolled or not name.startswith("site/"):  # who was revoked needs no renewal
-                yield page.CERTIFICATE_EXPIRY.at(ends.timestamp(), certificate=name)
+        ends = expires(self._folder)  # who was revoked needs no renewal
+        yield from certificates({name: ends[name] for name in ends if name in enrolled or "/" not in name})
 
     def _processes(self) -> Iterator[Sample]:
         running = recorded_pids(FederationFolder.open(self._folder).processes)
