@@ -18,7 +18,7 @@ if ! printf '%s\n' "$base" | grep -Eq '^[A-Za-z0-9./:_-]+@sha256:[0-9a-f]{64}$';
     echo "A tag can be moved to other content. Give NAME@sha256:<64 hexadecimal digits> of an image you have checked." >&2
     exit 1
 fi
-sh "$bundle/deploy/offline/verify-bundle.sh" "$bundle" "${CONSILIUM_BUNDLE_KEY:?the public key of the bundle, a PEM file}"
+sh "$(dirname "$0")/../offline/verify-bundle.sh" "$bundle" "${CONSILIUM_BUNDLE_KEY:?the public key of the bundle, a PEM file}"
 
 for target in coordinator site relay; do
     docker build --pull=false --file "$bundle/deploy/docker/Dockerfile" --target "$target" \

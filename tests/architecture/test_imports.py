@@ -13,6 +13,10 @@ PACKAGES = ("common", "client", "server")
 HEAVY = {
     "flwr": {
         "client/app.py",
+        "client/egress_gate.py",
+        "client/order_worker.py",
+        "client/runner.py",
+        "client/runner_flower.py",
         "common/protocol/codec.py",
         "server/app.py",
         "server/federation/control.py",
