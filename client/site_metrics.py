@@ -120,7 +120,7 @@ class SiteMetrics:
         yield from self._policy()
         yield from self._ledger.figures()
         if self._is_ready is not None:
-            yield page.SITE_READY.at(int(self._is_ready()))
+            yield page.SITE_READY.at(int(_said_yes(self._is_ready)))
         last = max(filter(None, (self._last_success, self._ledger.last_done)), default=None)
         if last is not None:
             yield page.SITE_LAST_SUCCESS.at(last)
@@ -130,6 +130,13 @@ class SiteMetrics:
         yield from read
         ends = [sample.value for sample in read if sample.metric is page.SITE_POLICY_EXPIRY]
         yield page.SITE_POLICY_VALID.at(int(any(time.time() < end for end in ends)))
+
+
+def _said_yes(is_ready: Callable[[], bool]) -> bool:
+    try:
+        return is_ready()
+    except Exception:  # noqa: BLE001  a policy that cannot be read is a figure of its own, and must not hide the others
+        return False
 
 
 def _settings(folder: Path) -> Iterator[Sample]:

@@ -175,6 +175,16 @@ def test_readiness_is_shown_once_somebody_says_it(started):
     assert fetch(metrics)["consilium_site_ready"] == 0
 
 
+def test_a_readiness_that_cannot_be_found_out_is_no_readiness_and_hides_nothing(started):
+    def look() -> bool:
+        raise OSError("the policy went away")
+
+    metrics = started()
+    metrics.report_readiness(look)
+    found = fetch(metrics)
+    assert (found["consilium_site_ready"], found["consilium_site_paused"]) == (0, 0)
+
+
 def test_a_damaged_file_hides_nothing_else(started, folder):
     (folder / "policy.yaml").write_text("expires: never\n")
     found = fetch(started())
