@@ -165,18 +165,19 @@ def budgets(ledger: Ledger, cap_of: Callable[[str], Cap]) -> tuple[CohortBudget,
     return tuple(result)
 
 
-def what_if_of(ledger: Ledger, study: Study, cap: Cap) -> WhatIf:
+def what_if_of(ledger: Ledger | None, study: Study, cap: Cap) -> WhatIf:
     """What the study's whole plan would cost here: warm-up, training, audit and utility answers.
 
     Of a study that has begun, only what is still to come is added: what a crash charged twice stays charged twice.
-    Raises SettingsError when the plan's target cannot be met.
+    ledger: None at a site that has spent nothing. Raises SettingsError when the plan's target cannot be met.
     """
     digest = study_digest(study)
     result, above = [], {}
     for cohort, planned in planned_charges(study).items():
-        charged = Counter((e.key, e.mechanism) for e in ledger.entries(digest, cohort) if e.counts)
-        to_come = Counter(planned) - charged
-        mechanisms = [*ledger.spent_by(cohort, digest), *(mechanism for _, mechanism in to_come.elements())]
+        entries = () if ledger is None else ledger.entries(digest, cohort)
+        spent = [] if ledger is None else ledger.spent_by(cohort, digest)
+        to_come = Counter(planned) - Counter((e.key, e.mechanism) for e in entries if e.counts)
+        mechanisms = [*spent, *(mechanism for _, mechanism in to_come.elements())]
         result.append(_budget(digest, cohort, mechanisms, cap, last=None))
         would = above_cap(mechanisms, cap)
         if would is not None:

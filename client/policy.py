@@ -105,9 +105,9 @@ def study_objections(policy: SitePolicy, study: Study) -> Iterator[str]:
 def _order_objections(order: Order, policy: SitePolicy, study: Study) -> Iterator[str]:
     match order:
         case WarmUpOrder():
-            yield from _plan_objections(order.plan, policy, study)
+            yield from plan_objections(order.plan, policy, study)
         case TrainOrder():
-            yield from _plan_objections(order.plan, policy, study)
+            yield from plan_objections(order.plan, policy, study)
             if not 1 <= order.round <= order.plan.rounds:
                 yield f"round {order.round} is not one of 1..{order.plan.rounds}"
         case UtilityOrder():
@@ -121,7 +121,7 @@ def _order_objections(order: Order, policy: SitePolicy, study: Study) -> Iterato
             assert_never(order)
 
 
-def _plan_objections(plan: Plan, policy: SitePolicy, study: Study) -> Iterator[str]:
+def plan_objections(plan: Plan, policy: SitePolicy, study: Study) -> Iterator[str]:
     """Compare the plan with the approved study where the study fixes it, and with the policy where it does not."""
     mechanism = plan.mechanism
     if plan_facts(plan) != study_facts(study):

@@ -83,7 +83,20 @@ class SiteStore:
     @property
     def paused(self) -> bool:
         """Whether the hospital has put a file named `paused` here."""
-        return (self.folder / "paused").exists()
+        return self._pause_file.exists()
+
+    def pause(self) -> None:
+        """Answer every order from now on with a refusal that costs nothing. One that is worked on is finished."""
+        if not self.paused:
+            write_atomic(self._pause_file, b"No order is worked on while this file is here.\n", mode=0o600)
+
+    def unpause(self) -> None:
+        """Work on orders again."""
+        self._pause_file.unlink(missing_ok=True)
+
+    @property
+    def _pause_file(self) -> Path:
+        return self.folder / "paused"
 
     def log(self, event: str, facts: Mapping[str, str | int], *, trace: bool = False) -> None:
         """Add one JSON line to site.log, with the error that is being handled if `trace`."""
