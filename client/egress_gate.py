@@ -10,8 +10,8 @@ so no record, metric, error text or stray byte of the old message can come along
 (4) it stays within what may leave in a minute, and within the byte budget of its round
 
 The byte budget of a round is 1.05 times the float32 size of the generator that the order sent, and 64 KiB; of anything
-else 64 KiB, or 1 MiB for a statement with its receipt. The same bytes a second time tell nothing new and are free: a
-reply that was lost on its way is given again.
+else 64 KiB, with 32 bytes for each number of a warm-up, or 1 MiB for a statement with its receipt. The same bytes a
+second time tell nothing new and are free: a reply that was lost on its way is given again.
 """
 
 from __future__ import annotations
@@ -30,12 +30,21 @@ from flwr.app import Message, RecordDict
 from common.errors import ProtocolError
 from common.protocol import codec
 from common.protocol.manifest import objections
-from common.protocol.messages import Order, RefusalCode, RefusalReply, Reply, StatementOrder, TrainOrder
+from common.protocol.messages import (
+    Order,
+    RefusalCode,
+    RefusalReply,
+    Reply,
+    StatementOrder,
+    TrainOrder,
+    WarmUpOrder,
+)
 
 FLOAT32_BYTES: Final = 4
 SLACK: Final = 1.05
 OVERHEAD_BYTES: Final = 64 * 1024
 LARGEST_STATEMENT_BYTES: Final = 2**20
+LARGEST_NUMBER_BYTES: Final = 32  # of a double's shortest text, with what stands around it
 WINDOW_S: Final = 3600.0
 
 log = structlog.get_logger(__name__)
@@ -98,13 +107,24 @@ def gate(order_message: Message, reply_message: Message, bytes_out: BytesOut) ->
     return encoded(judged(order_message, reply_message, bytes_out), order_message)
 
 
-def judged(order_message: Message, reply_message: Message, bytes_out: BytesOut) -> Reply:
-    """Return the reply in a message if it may leave, else a fixed refusal. Never raises. Arguments as for `gate`."""
+def judged(
+    order_message: Message,
+    reply_message: Message,
+    bytes_out: BytesOut,
+    *,
+    held_back: Callable[[str], None] = lambda _: None,
+) -> Reply:
+    """Return the reply in a message if it may leave, else a fixed refusal. Never raises.
+
+    held_back: told why a reply may not leave. Other arguments as for `gate`.
+    """
     try:
         return _declared(order_message, reply_message, bytes_out)
     except Exception as error:  # noqa: BLE001  the outermost boundary: nothing undeclared gets past it
         # Of a ProtocolError the text is ours; of anything else it may be about patients.
-        log.warning("reply held back", reason=str(error) if isinstance(error, ProtocolError) else type(error).__name__)
+        reason = str(error) if isinstance(error, ProtocolError) else type(error).__name__
+        log.warning("reply held back", reason=reason)
+        held_back(reason)
         return RefusalReply(code=RefusalCode.INTERNAL)
 
 
@@ -144,6 +164,8 @@ def allowance(order: Order) -> int:
         case TrainOrder():
             arrays = order.weights.arrays.values()
             return int(SLACK * FLOAT32_BYTES * sum(array.size for array in arrays)) + OVERHEAD_BYTES
+        case WarmUpOrder():
+            return LARGEST_NUMBER_BYTES * max(order.features, 0) + OVERHEAD_BYTES
         case StatementOrder():
             return LARGEST_STATEMENT_BYTES
         case _:

@@ -62,6 +62,11 @@ class OrderWorker:
         """Whether the worker has imported what it needs and still runs."""
         return self._ready and self._process is not None and self._process.poll() is None
 
+    @property
+    def process_id(self) -> int | None:
+        """Of the process; None when none was started."""
+        return self._process.pid if self._process is not None else None
+
     def start(self) -> None:
         """Start the process unless it runs. Returns at once; the imports take seconds."""
         if self._process is not None and self._process.poll() is None:

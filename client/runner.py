@@ -42,7 +42,7 @@ from client.runner_flower import (
 )
 from common.errors import ConsiliumError, IntegrityError, ProtocolError, SettingsError, Unreachable
 from common.protocol import codec
-from common.protocol.messages import RefusalCode, RefusalReply
+from common.protocol.messages import RefusalCode, RefusalReply, Reply
 from common.settings.site import OrderKind, load_policy
 from common.telemetry.security_log import SecurityLog
 
@@ -51,6 +51,7 @@ POLICY_FILE: Final = "policy.yaml"
 SECRET_FILE: Final = "superexec.secret"  # noqa: S105  a file name
 ANSWERED: Final = "answered"
 UNDELIVERABLE: Final = "undeliverable"
+UNKNOWN: Final = "unknown"
 POLL_S: Final = 0.2  # between two looks for a task; a request on loopback of a few milliseconds
 _WAIT_S: Final = 1.0  # between two looks for a SuperNode that is not there
 _START_S: Final = 300.0  # for the worker's imports, on a slow disk
@@ -67,11 +68,19 @@ Observe = Callable[[str, str, int, float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Verdict:
+class _Answer:
     """What an order is answered with. outcome: for log and metrics."""
 
     message: Message
     outcome: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Denied:
+    """Why a task is not even worked on. reason: for this site; code: what the other side is told."""
+
+    reason: str
+    code: RefusalCode
 
 
 class Runner:
@@ -144,55 +153,76 @@ class Runner:
 
     def _deal_with(self, task: AcquiredTask, stopped: threading.Event) -> None:
         began = self._clock()
-        kind, outcome, size = "unknown", UNDELIVERABLE, 0
+        kind, outcome, size = UNKNOWN, UNDELIVERABLE, 0
         exchange = self._link.open(task)
         try:
             given = exchange.pull()  # (2)
-            kind = _KINDS.get(given.message.metadata.message_type, kind)
-            verdict = self._verdict(task, given, stopped)
+            kind = _kind(given.message)
+            answer = self._answer(task, given, stopped)
             if stopped.is_set():
                 return
-            exchange.push(verdict.message)  # (6)
-            outcome, size = verdict.outcome, encoded_bytes(verdict.message.content)
+            exchange.push(answer.message)  # (6)
+            outcome, size = answer.outcome, encoded_bytes(answer.message.content)
         except (Unreachable, ProtocolError) as error:
             log.warning("order not answered", reason=str(error), kind=kind)
         finally:
             exchange.close()
             seconds = self._clock() - began
             log.info("order dealt with", kind=kind, outcome=outcome, bytes_out=size, seconds=round(seconds, 3))  # (7)
-            self._observe(outcome, str(kind), size, seconds)
+            self._observe(outcome, kind, size, seconds)
 
-    def _verdict(self, task: AcquiredTask, given: TaskInput, stopped: threading.Event) -> _Verdict:
+    def _answer(self, task: AcquiredTask, given: TaskInput, stopped: threading.Event) -> _Answer:
         """Steps (3) to (5)."""
         if denied := self._denied(task, given):
-            reason, code = denied
-            log.warning("task refused", reason=reason, app_digest=given.app_digest)
-            self._security.note(operation="task", outcome="refused", reason=reason, app_digest=given.app_digest)
-            return _Verdict(message=refusal(given.message, code), outcome=str(code))
+            log.warning("task refused", reason=denied.reason, app_digest=given.app_digest)
+            self._note(operation="task", outcome="refused", reason=denied.reason, app_digest=given.app_digest)
+            return _Answer(message=refusal(given.message, denied.code), outcome=str(denied.code))
         try:
-            answer = self._worker.answer(  # (4)
-                message_to_bytes(given.message), self._settings.order_limit_s, stopped.is_set
-            )
-            reply = judged(given.message, message_from_bytes(answer), self._bytes_out)  # (5)
+            reply = self._worked_on(given.message, stopped)
         except (WorkerFailed, ProtocolError) as error:
             log.warning("order failed", reason=str(error))
             reply = RefusalReply(code=RefusalCode.INTERNAL)
-        outcome = str(reply.code) if isinstance(reply, RefusalReply) else ANSWERED
-        return _Verdict(message=encoded(reply, given.message), outcome=outcome)
+        if not isinstance(reply, RefusalReply):
+            return _Answer(message=encoded(reply, given.message), outcome=ANSWERED)
+        self._note(operation="order", outcome="refused", code=reply.code, kind=_kind(given.message))
+        return _Answer(message=encoded(reply, given.message), outcome=str(reply.code))
 
-    def _denied(self, task: AcquiredTask, given: TaskInput) -> tuple[str, RefusalCode] | None:
-        """Why a task is not even looked at, and what the other side is told; None when it may be worked on."""
+    def _worked_on(self, order: Message, stopped: threading.Event) -> Reply:
+        data = self._worker.answer(message_to_bytes(order), self._settings.order_limit_s, stopped.is_set)  # (4)
+        return judged(  # (5)
+            order,
+            message_from_bytes(data),
+            self._bytes_out,
+            held_back=lambda reason: self._note(operation="egress", outcome="held-back", reason=reason),
+        )
+
+    def _note(self, *, operation: str, outcome: str, **facts: str) -> None:
+        """One line in the security log. On a full disk the site goes on refusing what it refuses."""
+        try:
+            self._security.note(operation=operation, outcome=outcome, **facts)
+        except OSError as error:
+            log.warning("security log not written", reason=error.strerror)
+
+    def _denied(self, task: AcquiredTask, given: TaskInput) -> _Denied | None:
+        """Step (3); None when the task may be worked on."""
         if task.kind != CLIENT_APP:
-            return f"a task of kind {task.kind} is not one for a site", RefusalCode.POLICY
+            return _Denied(reason=f"a task of kind {task.kind} is not one for a site", code=RefusalCode.POLICY)
         try:
             allowed = load_policy(self._folder / POLICY_FILE).app_digests
         except SettingsError:
-            return "the policy cannot be read", RefusalCode.POLICY
+            return _Denied(reason="the policy cannot be read", code=RefusalCode.POLICY)
         if given.app_digest != task.app_digest or given.app_digest not in allowed:
-            return "the app bundle is none that the policy names", RefusalCode.POLICY
+            return _Denied(reason="the app bundle is none that the policy names", code=RefusalCode.POLICY)
+        if given.message.metadata.message_type not in _KINDS:
+            return _Denied(reason="the message is of a kind that no order has", code=RefusalCode.STALE)
         if not given.whole:
-            return "the message cannot be read", RefusalCode.STALE
+            return _Denied(reason="the message cannot be read", code=RefusalCode.STALE)
         return None
+
+
+def _kind(message: Message) -> str:
+    found = _KINDS.get(message.metadata.message_type)
+    return UNKNOWN if found is None else found.value
 
 
 def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -218,6 +248,7 @@ def serve(folder: Path, *, runtime_port: int, health_port: int, metrics_port: in
     link = SuperNodeLink(f"127.0.0.1:{runtime_port}", secret)
     metrics = site_metrics.start(folder, metrics_port, host=settings.metrics_host)
     runner = Runner(folder, link=link, worker=worker, settings=settings, observe=metrics.observe_reply)
+    metrics.report_readiness(runner.is_ready)
     health = serve_health(health_port, runner.is_ready, host=settings.health_host)
     try:
         runner.run(stopped)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -45,7 +46,6 @@ from flwr.supercore.interceptors import (
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message
 
 from common.errors import IntegrityError, ProtocolError, Unreachable
@@ -57,7 +57,10 @@ CLIENT_APP: Final = str(TaskType.CLIENT_APP)
 _ACQUIRED: Final = (TaskType.CLIENT_APP, TaskType.AGENT_APP)
 _ACQUIRE: Final = "/flwr.proto.Runtime/AcquireTask"
 _COMPONENT: Final = "consilium-runner"
+_DENIED: Final = {httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN}
 _BEAT_S: Final = 10.0  # a running task expires after 60 s without one
+_MESSAGE_S: Final = 10.0  # a SuperNode makes the task first, and stores its message an instant later
+_LOOK_S: Final = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +103,12 @@ class SuperNodeLink:
         """Claim the oldest task that waits; None when there is none."""
         try:
             answer = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=_ACQUIRED))
-        except httpx.HTTPStatusError as error:
-            raise IntegrityError(
-                f"the SuperNode at {self._address} does not take this runner's secret (HTTP "
-                f"{error.response.status_code}); no order is worked on. Start both with one `superexec.secret`."
-            ) from error
-        except (httpx.TransportError, ValueError) as error:
+        except (httpx.HTTPError, ValueError) as error:
+            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in _DENIED:
+                raise IntegrityError(
+                    f"the SuperNode at {self._address} does not take this runner's secret; no order is worked on. "
+                    "Start both with one `superexec.secret`."
+                ) from error
             raise Unreachable(f"no SuperNode answers at {self._address}; the runner waits for it.") from error
         if not answer.HasField("task") or not answer.token:
             return None
@@ -128,7 +131,10 @@ class SuperNodeLink:
 
 
 class TaskExchange:
-    """One task's input and output. Whenever the SuperNode fails it is Unreachable: the task is lost to us then. Final."""
+    """One task's input and output. Final.
+
+    Whatever the SuperNode fails in is Unreachable: the task is lost to us then.
+    """
 
     def __init__(self, address: str, task: AcquiredTask) -> None:
         self._task = task
@@ -142,19 +148,14 @@ class TaskExchange:
         self._beat.start()
         given = _reached(lambda: self._client.PullTaskInput(PullTaskInputRequest()))
         self._node_id = given.context.node_id
-        TaskIdentity.task_id, TaskIdentity.run_id = self._task.task_id, given.run.run_id
-        TaskIdentity.node_id = self._node_id
         digest = hashlib.sha256(given.fab.content).hexdigest()
-        pulled = _reached(lambda: self._client.PullMessages(PullAppMessagesRequest()))
-        if not pulled.messages_list or not pulled.message_object_trees:
-            raise ProtocolError("the SuperNode holds no message for this task; nothing was done")
-        tree = pulled.message_object_trees[0]
+        proto, tree = self._pull_message()
         try:
             message, whole = self._inflate(tree), True
-        except (httpx.TransportError, httpx.HTTPStatusError) as error:
+        except httpx.HTTPError as error:
             raise _lost() from error
         except Exception:  # noqa: BLE001  a stranger's objects must not choose which exception we raise
-            message, whole = message_from_proto(pulled.messages_list[0]), False
+            message, whole = message_from_proto(proto), False
         # Flower leaves the id out of the message itself.
         message.metadata.__dict__["_message_id"] = tree.object_id
         return TaskInput(message=message, whole=whole, app_digest=digest)
@@ -172,6 +173,15 @@ class TaskExchange:
         if self._beat.is_alive():
             self._beat.join()
         self._client.close()
+
+    def _pull_message(self) -> tuple[MessageProto, ObjectTree]:
+        end = time.monotonic() + _MESSAGE_S
+        while time.monotonic() < end:
+            pulled = _reached(lambda: self._client.PullMessages(PullAppMessagesRequest()))
+            if pulled.messages_list and pulled.message_object_trees:
+                return pulled.messages_list[0], pulled.message_object_trees[0]
+            time.sleep(_LOOK_S)
+        raise ProtocolError("the SuperNode holds no message for this task; nothing was done")
 
     def _inflate(self, tree: ObjectTree) -> Message:
         node, run_id = Node(node_id=self._node_id), self._task.run_id
@@ -228,7 +238,7 @@ def _client(address: str, interceptor: object) -> RuntimeHttpClient:
 def _reached(call: Callable[[], T]) -> T:
     try:
         return call()
-    except (httpx.HTTPError, ValueError) as error:
+    except Exception as error:  # also Flower's own, of which each call has others
         raise _lost() from error
 
 

@@ -8,7 +8,7 @@ import inspect
 from importlib.metadata import version
 
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.common.constant import SubStatus
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE, SubStatus
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
@@ -87,9 +87,6 @@ def test_the_method_that_the_secret_signs_has_the_name_that_we_give_it():
 def test_a_task_that_nobody_keeps_alive_expires_within_a_minute():
     source = inspect.getsource(InMemoryCoreState.activate_task)
     assert "HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL" in source
-    from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
-    from flwr.supercore.constant import HEARTBEAT_PATIENCE
-
     assert HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL == 60
     assert runner_flower._BEAT_S < 60 / 2
 
