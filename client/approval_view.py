@@ -153,10 +153,11 @@ def _promise(study: Study) -> Iterator[str]:
             f"audit: epsilon {audit.epsilon_members:g} more for a trained-on patient, {audit.epsilon_nonmembers:g} for "
             "a held-out one"
         )
-    odds = math.exp(min(privacy.target_epsilon, _LARGEST_EXPONENT))
+    both = privacy.target_epsilon + (audit.epsilon_members or 0.0)
     yield (
-        f"that is: whoever sees all that leaves can multiply the odds that a given patient took part by at most "
-        f"{odds:,.0f}, except with a chance of {privacy.delta:g}; smaller is safer, and 1 would be nothing learnt"
+        f"that is: whoever sees all of it can multiply the odds that a given patient was trained on by at most "
+        f"{math.exp(min(both, _LARGEST_EXPONENT)):,.0f}, except with a chance of {privacy.delta:g}; smaller is safer, "
+        "and 1 would be nothing learnt"
     )
 
 

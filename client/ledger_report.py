@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, assert_never
 
 from client.budget import Budget
 from client.orders import study_of
-from client.site import LEDGER_FILE, POLICY_FILE, utc_now
+from client.site_folder import LEDGER_FILE, POLICY_FILE
 from client.store import SiteStore
 from common.errors import IntegrityError, LedgerError, UsageError
 from common.measure.audit_plan import make_plan
@@ -106,7 +107,7 @@ def read_report(site_file: Path, *, what_if: Path | None, verify: bool, noted: L
                 f"the ledger {path} is missing, and this site has spent from it: restore the newest copy."
             )
         raise UsageError(f"{settings.site} has no ledger yet ({path}): it has spent nothing.")
-    budget = Budget(settings, policy, store, ledger_file=path, now=utc_now)
+    budget = Budget(settings, policy, store, ledger_file=path, now=lambda: datetime.now(UTC))
     ledger = budget.ledger if budget.has_key else Ledger(path)  # without the key: read, not bound to this site
     studies = _readable_studies(store)
     with ledger.held():
