@@ -10,7 +10,7 @@ from network import APPROVED, Campaign, Network, command, phantom_site, served, 
 
 from common.settings.load import settings_yaml
 
-STUDY = small_study("three-rounds", rounds=3, steps=4)
+STUDY = small_study("three-rounds", rounds=3, steps=4, width=64)
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Network,
     """Three hospitals; none has a seed, the last one of the approved goes through a forward proxy that looks inside."""
     root = tmp_path_factory.mktemp("network")
     sites = [phantom_site(name, number, seed=None) for number, name in enumerate(("site-3", *APPROVED), start=1)]
-    with served(root, STUDY, sites, tap=True) as (network, proxy):
+    with served(root, STUDY, sites, tap=True, outsider="site-3") as (network, proxy):
         yield network, proxy
 
 

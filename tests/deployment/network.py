@@ -83,7 +83,12 @@ class Served:
     @property
     def pids(self) -> dict[str, int]:
         """Children by name, those that run now."""
-        return recorded_pids(self.folder / "pids.json")
+        return recorded_pids(self.folder / f"pids{self.part}.json")
+
+    @property
+    def part(self) -> str:
+        """What the record is called after, when only a part is served."""
+        return f"-{self.arguments[-1]}" if "--only" in self.arguments else ""
 
     def start(self) -> None:
         """Start the command; it must not run."""
@@ -300,9 +305,12 @@ def approve(site: Site, study: Study, **changes: object) -> None:
 
 @contextmanager
 def served(
-    root: Path, study: Study, sites: Sequence[SiteSettings], *, tap: bool = False
+    root: Path, study: Study, sites: Sequence[SiteSettings], *, tap: bool = False, outsider: str | None = None
 ) -> Iterator[tuple[Network, ConnectProxy]]:
-    """A federation of these hospitals, all connected; the last one through a forward proxy. Ended with the block."""
+    """A federation of these hospitals, all connected; the last one through a forward proxy. Ended with the block.
+
+    tap: the proxy looks inside. outsider: name of one that only connects and has nothing that could work on an order.
+    """
     federation = make_federation(root)
     folder = FederationFolder.open(federation.folder)
     look_inside = Tap(
@@ -320,6 +328,8 @@ def served(
         network = Network(root=root, federation=federation, sites=made)
         for site in made.values():
             approve(site, study)
+            if site.name == outsider:
+                site.arguments = ("site", "serve", "--only", "supernode")
         for one in (federation, *made.values()):
             started.callback(one.stop)
             one.start()
@@ -328,12 +338,15 @@ def served(
         yield network, proxy
 
 
-def small_study(name: str, *, rounds: int, steps: int, **privacy: float) -> Study:
-    """A study that runs through within a minute; its few patients show nothing, so it ends in a signed refusal."""
+def small_study(name: str, *, rounds: int, steps: int, width: int = 8, **privacy: float) -> Study:
+    """A study that runs through within a minute; its few patients show nothing, so it ends in a signed refusal.
+
+    width: of the generator; 64 makes one of 1.6 MB.
+    """
     return tiny_study(
         study=name,
         privacy={"sampling_probability": 0.2, "reference_patients": 20, "epsilon_cap": 30.0, **privacy},
-        training={"rounds": rounds, "critic_steps_per_round": steps, "critic_width": 4},
+        training={"rounds": rounds, "critic_steps_per_round": steps, "critic_width": 4, "generator_width": width},
         warm_start={"steps": 4},
         federation={"quorum": 2, "minimum_patients": 5, "server_ema": 0.5, "deadline_s": 300.0},
         audit={"holdout_fraction": 0.35, "canaries": 60},

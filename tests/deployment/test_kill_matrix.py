@@ -244,7 +244,7 @@ def test_in_the_end_the_signed_epsilon_is_what_the_ledgers_say(matrix: Matrix):
     for name, site in matrix.network.sites.items():
         ledger = Ledger(site.ledger)
         assert consilium(["site", "ledger", str(site.folder), "--verify"]) == 0
-        spent = ledger.epsilon(Cohort.MEMBERS, delta=STUDY.privacy.delta).upper
+        spent = ledger.epsilon(Cohort.MEMBERS, delta=STUDY.privacy.delta).value
         assert verified.predicate.decision.sites[name].members.epsilon == pytest.approx(spent, rel=1e-9)
         for cohort, planned in planned_charges(STUDY).items():
             counted = Counter((e.key, e.mechanism) for e in ledger.entries(DIGEST, cohort) if e.counts)

@@ -58,7 +58,7 @@ def test_a_ledger_is_charged_exactly_what_the_plan_says(finished: Campaign, name
     assert len(witnessed) > finished.study.training.rounds
     spent = ledger.epsilon(Cohort.MEMBERS, delta=finished.study.privacy.delta)
     stated = read_decision(finished.run.release).sites[name].members.epsilon
-    assert stated == pytest.approx(spent.upper, rel=1e-9)
+    assert stated == pytest.approx(spent.value, rel=1e-9)
 
 
 def test_a_connected_site_that_the_run_does_not_name_is_never_asked(finished: Campaign):
