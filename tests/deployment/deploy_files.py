@@ -19,7 +19,7 @@ DEPLOY = ROOT / "deploy"
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 # Words after which a command line of ours ends within a text.
 _END = re.compile(r"[|;&)#]|\s--?\s|\.\s|:$")
-_COMMAND = re.compile(r"(?:(?<=^)|(?<=[\s`/\"(]))consilium[ \t]+([a-z][^\n`]*)")
+_COMMAND = re.compile(r"(?<![^\s`\"'(/])(?:(?<!/)|(?<=bin/))consilium[ \t]+([a-z][^\n`]*)")
 
 
 def needs(program: str, package: str) -> pytest.MarkDecorator:
@@ -33,21 +33,21 @@ def check_command(words: list[str]) -> None:
     path, rest = "consilium", list(words)
     while isinstance(group, CommandGroup):
         context = click.Context(group, info_name=path)
-        if not rest:
-            return  # the group itself is named, as in "`consilium site` has ..."
         name, command, rest = group.resolve_command(context, rest)
         assert name is not None
         assert command is not None
         path, group = f"{path} {name}", command
+        if not rest:
+            return  # a command is named, as in "`consilium federation serve` does that", not written out
     group.make_context(path, rest)
 
 
 def commands_in(text: str) -> Iterator[list[str]]:
     """Every `consilium ...` of a text as words; lines that end in a backslash go on."""
-    joined = re.sub(r"\\\n[\s#]*", " ", text)
+    joined = re.sub(r"\\\n[\s#]*", " ", re.sub(r"\{\{.*?\}\}", "1", text))
     for found in _COMMAND.finditer(joined):
-        line = _END.split(found[1].rstrip("`\"' "), maxsplit=1)[0]
-        yield shlex.split(line.strip().rstrip(".,:'\""))
+        line = _END.split(found[1], maxsplit=1)[0]
+        yield shlex.split(line.strip().rstrip(".,:"))
 
 
 def under_deploy(*endings: str) -> list[Path]:
