@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/demo
+DEPLOY_OUT ?= runs/deploy-demo
 DEMO ?=
 ONLY ?=
 
-.PHONY: demo test check fast-test slow-test bench format lock clean help
+.PHONY: demo deploy-demo test check fast-test slow-test bench format lock clean help
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -20,6 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Three simulated hospitals, phantoms, to a verified release in OUT (default runs/demo)
 	$(BIN)/consilium simulate deploy/studies/demo.yaml --out $(OUT) $(DEMO)
 	$(BIN)/consilium verify $(OUT)/release
+
+deploy-demo: $(STAMP) ## A coordinator with its gateway and two hospitals as processes, killed and resumed, in runs/deploy-demo
+	$(BIN)/python deploy/demo/run.py --out $(DEPLOY_OUT) $(DEMO)
 
 test: $(STAMP) ## All tests
 	$(BIN)/python -m pytest

@@ -330,9 +330,11 @@ def served(
             approve(site, study)
             if site.name == outsider:
                 site.arguments = ("site", "serve", "--only", "supernode")
-        for one in (federation, *made.values()):
+        everybody = (federation, *made.values())
+        for one in everybody:
             started.callback(one.stop)
             one.start()
+        started.callback(lambda: [one.process.terminate() for one in everybody if one.process])  # all at once
         network.wait_until_served()
         network.wait_until_online()
         yield network, proxy

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 MIB = 2**20
 PUBLIC = {f"/v1/fleet/{path}" for path in FLEET_PATHS}
 DOCUMENTATION = {"/docs", "/docs/oauth2-redirect", "/openapi.json", "/redoc"}
-LOOPBACK = "0100007F"  # as the kernel writes 127.0.0.1
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}  # as the kernel writes 127.0.0.1, also within IPv6
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
 
 
@@ -271,10 +271,10 @@ def test_a_body_of_600_mb_is_refused_and_the_superlink_does_not_grow(net: Networ
 def test_one_address_that_asks_too_fast_is_told_to_wait_and_the_others_are_served(net: Network, unharmed: None):
     def ask_on(_: int) -> list[int]:
         with connected(net, address="127.0.0.4") as connection:
-            return [status(connection, "GET", "/health") for _ in range(40)]
+            return [status(connection, "GET", "/health") for _ in range(4)]
 
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        asked = [pool.submit(ask_on, number) for number in range(16)]
+    with concurrent.futures.ThreadPoolExecutor(120) as pool:
+        asked = [pool.submit(ask_on, number) for number in range(120)]
         with connected(net, address="127.0.0.5") as connection:
             others = [status(connection, "GET", "/health") for _ in range(20)]
         codes = [code for answer in asked for code in answer.result()]
@@ -359,4 +359,4 @@ def test_everything_but_the_gateway_listens_on_loopback_only(net: Network):
     settings = load_federation(net.federation.folder)
     own = {settings.port, settings.superlink_port, settings.superlink_health_port}
     assert own <= {port for _, port in found}
-    assert {address for address, port in found if port != settings.port} == {LOOPBACK}
+    assert {address for address, port in found if port != settings.port} <= LOOPBACK
