@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -135,7 +136,7 @@ def _try_out(requirements: Path, wheels: Path, environment: Path) -> None:
         *("--python", str(python), "install", "--no-index", "--find-links", str(wheels)),
         *("--require-hashes", "--only-binary", ":all:", "--requirement", str(requirements)),
     )
-    _pip("--python", str(python), "check")
+    _run(sys.executable, "-m", "pip", "--python", str(python), "check")  # not quietly: it tells why on standard output
     if (environment / "bin" / "consilium").exists():
         _run(str(environment / "bin" / "consilium"), "--version")
 
@@ -185,10 +186,13 @@ def _pip(*arguments: str) -> None:
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own programs
+    # What lies on this machine's own path must not be taken for a part of the bundle.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)  # noqa: S603  our own programs
     if done.returncode:
-        told = "\n".join(done.stderr.splitlines()[-12:])
-        raise IntegrityError(f"{' '.join(command[1:5])} ... ended with {done.returncode}; no bundle was made.\n{told}")
+        told = "\n".join((done.stderr + done.stdout).splitlines()[-12:])
+        what = " ".join(command[1:])[:200]
+        raise IntegrityError(f"{what} ended with {done.returncode}; no bundle was made.\n{told}")
     return done.stdout
 
 

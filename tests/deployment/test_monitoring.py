@@ -274,11 +274,13 @@ class Prometheus:
             ],
             stderr=self._log, stdout=self._log, env={"PATH": os.environ["PATH"]},
         )  # fmt: skip
-        self.port = int(
-            self._until(lambda: re.search(r"address=127\.0\.0\.1:([1-9]\d*)", Path(self._log.name).read_text()))[1]
-        )
-
-        self._until(lambda: self._get("/-/ready")[0] == 200)
+        try:
+            listens = re.compile(r"address=127\.0\.0\.1:([1-9]\d*)")
+            self.port = int(self._until(lambda: listens.search(Path(self._log.name).read_text()))[1])
+            self._until(lambda: self._get("/-/ready")[0] == 200)
+        except BaseException:
+            self.stop()
+            raise
 
     def _until(self, look, limit_s=60.0):
         end = time.monotonic() + limit_s
