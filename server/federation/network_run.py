@@ -22,11 +22,11 @@ from typing import Final
 from common.errors import IntegrityError, Unreachable, UsageError
 from common.evidence.atomic import write_atomic
 from common.evidence.chain import EvidenceChain
+from common.evidence.predicate import ROUND_NOT_HELD_RECORD
 from common.settings.load import load_study, study_digest
 from server.federation.control import Control, SubmittedRun
 from server.federation.folder import FederationFolder
 from server.federation.registry import Registry
-from server.round import ROUND_NOT_HELD_RECORD
 from server.run_folder import Engine, RunFacts, RunFolder, RunState, read_json, write_json
 
 FOLDER_VARIABLE: Final = "CONSILIUM_FEDERATION"  # where the ServerApp finds the runs; hospitals are told names only
