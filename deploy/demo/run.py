@@ -42,11 +42,11 @@ _LOOK_S: Final = 1.0
 # What these hospitals allow; each would set its own figures in its policy.yaml.
 LIMITS: Final = {
     "epsilon_cap": "16.0",
-    "delta_cap": "0.0001",
+    "delta_cap": "1.0e-4",
     "minimum_noise": "0.3",
     "maximum_rounds": "20",
     "maximum_steps": "1000",
-    "minimum_patients": "50",
+    "minimum_patients": "20",
 }
 
 
@@ -261,7 +261,7 @@ def _words(coordinator: Path) -> str:
 def _head(site: Path) -> str:
     """Where a ledger stands, as `site ledger --head` takes it."""
     head = facts("site", "ledger", site)["head"]
-    return head if isinstance(head, str) else f"{head['rows']}:{head['hash']}"
+    return f"{head['rows']}:{head['hash']}"
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
