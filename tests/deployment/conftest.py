@@ -6,9 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from connect_proxy import ConnectProxy
-from network import APPROVED, Campaign, Network, command, phantom_site, served, small_study
-
-from common.settings.load import settings_yaml
+from network import APPROVED, Campaign, Network, command, phantom_site, served, small_study, study_file
 
 STUDY = small_study("three-rounds", rounds=3, steps=4, width=64)
 
@@ -26,8 +24,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Network,
 def finished(network: tuple[Network, ConnectProxy]) -> Campaign:
     """`federation start` with two of the three, to its signed outcome."""
     served_by, proxy = network
-    file = served_by.root / "study.yaml"
-    file.write_text(settings_yaml(STUDY))
+    file = study_file(served_by.root, STUDY)
     command("federation", "start", served_by.federation.folder, file, "--sites", ",".join(APPROVED))
     run = served_by.wait_until_finished(STUDY.study, 240)
     return Campaign(network=served_by, proxy=proxy, study=STUDY, run=run, outsider="site-3")

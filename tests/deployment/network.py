@@ -23,19 +23,16 @@ from typing import Final, TypeVar
 
 from connect_proxy import ConnectProxy, Tap
 
-from client.joining import read_welcome
 from common.cli import run as consilium
 from common.errors import Unreachable
 from common.identity.keys import fingerprint
-from common.installed import code_digest
 from common.privacy.calibration import plan_of
 from common.processes import Seen, alive, recorded_pids, seen, stop_process
 from common.settings.federation import load_federation
-from common.settings.load import settings_yaml, study_digest
-from common.settings.site import Approval, OrderKind, PhantomSource, SitePolicy, SiteSettings
+from common.settings.load import settings_yaml
+from common.settings.site import PhantomSource, SitePolicy, SiteSettings
 from common.settings.study import PhantomKind, Study
 from server.federation.authority import load_certificate
-from server.federation.bundle import app_digest
 from server.federation.control import Control
 from server.federation.folder import FederationFolder
 from server.run_folder import RunFolder, RunState
@@ -275,32 +272,28 @@ def make_site(root: Path, federation: Path, settings: SiteSettings, *, proxy: st
     return Site(name=name, folder=folder, arguments=("site", "serve"), settings=settings)
 
 
-def approve(site: Site, study: Study, **changes: object) -> None:
-    """A policy that allows this study, by the federation's coordinator and with its app, and nothing else."""
-    plan, now = plan_of(study), datetime.now(UTC)
-    approval = Approval(
-        digest=study_digest(study),
-        study=study.study,
-        coordinator_key=read_welcome(site.folder).coordinator_key,
-        approved_by="the tests",
-        approved_on=now.date(),
+def approve(site: Site, study: Study) -> None:
+    """`site approve`, under limits of the hospital that allow this study and little more."""
+    plan = plan_of(study)
+    limits = SitePolicy(
+        epsilon_cap=study.privacy.epsilon_cap,
+        delta_cap=study.privacy.delta,
+        minimum_noise=min(part.noise_multiplier for part in plan.mechanisms),
+        maximum_rounds=plan.rounds,
+        maximum_steps=plan.mechanism.steps,
+        minimum_patients=study.federation.minimum_patients,
+        simulation=site.settings.simulated,
+        expires=(datetime.now(UTC) + timedelta(days=30)).date(),
     )
-    facts = {
-        "studies": (approval,),
-        "purposes": (study.purpose,),
-        "orders": tuple(OrderKind),
-        "code_digests": (code_digest(),),
-        "app_digests": (app_digest(),),
-        "epsilon_cap": study.privacy.epsilon_cap,
-        "delta_cap": study.privacy.delta,
-        "minimum_noise": min(part.noise_multiplier for part in plan.mechanisms),
-        "maximum_rounds": plan.rounds,
-        "maximum_steps": plan.mechanism.steps,
-        "minimum_patients": study.federation.minimum_patients,
-        "simulation": site.settings.simulated,
-        "expires": (now + timedelta(days=30)).date(),
-    }
-    (site.folder / "policy.yaml").write_text(settings_yaml(SitePolicy(**{**facts, **changes})))
+    (site.folder / "policy.yaml").write_text(settings_yaml(limits))
+    command("site", "approve", site.folder, study_file(site.folder.parent, study), "--by", "the tests", "--yes")
+
+
+def study_file(folder: Path, study: Study) -> Path:
+    """The study as the file that goes to everybody."""
+    path = folder / f"{study.study}.yaml"
+    path.write_text(settings_yaml(study))
+    return path
 
 
 @contextmanager

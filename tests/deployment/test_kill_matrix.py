@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from connect_proxy import ConnectProxy
-from network import Network, Served, Site, command, served, small_study
+from network import Network, Served, Site, command, served, small_study, study_file
 
 from client.ledger_report import planned_charges
 from common.cli import run as consilium
@@ -29,7 +29,7 @@ from common.evidence.verification import verify_bundle
 from common.privacy.ledger import Ledger
 from common.privacy.ledger_rows import Cohort
 from common.processes import below
-from common.settings.load import settings_yaml, study_digest
+from common.settings.load import study_digest
 from server.audit_stage import AuditFolder
 from server.checkpoint import CheckpointStore
 from server.federation.stack import GATEWAY, SUPEREXEC, SUPERLINK
@@ -72,7 +72,7 @@ class Matrix:
             rounds = {working_on(self.site(name).ledger) for name in names}
             return rounds.pop() if len(rounds) == 1 else None
 
-        return self.network.wait(f"{names} train", look, 180)
+        return self.network.wait(f"{names} train", look, 240)
 
     def wait_until_held(self, number: int) -> None:
         self.network.wait(f"round {number} is held", lambda: self.held() >= number, HELD_S)
@@ -107,8 +107,7 @@ def working_on(ledger: Path) -> int | None:
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
     root = tmp_path_factory.mktemp("matrix")
-    file = root / "study.yaml"
-    file.write_text(settings_yaml(STUDY))
+    file = study_file(root, STUDY)
     sites = plan_sites(STUDY, Cohorts(folder=None, sites=2, phantoms=PATIENTS), SEED)
     with served(root, STUDY, sites) as (network, proxy):
         command("federation", "start", network.federation.folder, file, "--seed", SEED)

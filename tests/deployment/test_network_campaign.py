@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from connect_proxy import LEAVES_BY
-from network import APPROVED, Campaign, Site, approve, command, make_site, phantom_site, small_study
+from network import APPROVED, Campaign, Site, approve, command, make_site, phantom_site, small_study, study_file
 
 from client.ledger_report import planned_charges
 from client.service import Part, children, prepare
@@ -20,7 +20,7 @@ from common.identity.keys import create_node_key
 from common.privacy.ledger import Ledger
 from common.privacy.ledger_rows import Cohort, EntryState
 from common.protocol.messages import LedgerHead
-from common.settings.load import settings_yaml, study_digest
+from common.settings.load import study_digest
 from server.checkpoint import CheckpointStore
 from server.federation.bundle import app_digest
 from server.run_folder import read_decision
@@ -83,10 +83,12 @@ def test_a_site_behind_a_proxy_reaches_the_gateway_through_it_and_nobody_else(fi
 def test_a_bundle_that_the_policy_does_not_name_is_refused_before_any_patient_is_looked_at(finished: Campaign):
     network, study = finished.network, small_study("other-app", rounds=1, steps=1)
     for name in APPROVED:
-        approve(network.sites[name], study, app_digests=("0" * 64,))
+        approve(network.sites[name], study)
+        policy = network.sites[name].folder / "policy.yaml"
+        assert app_digest() in policy.read_text()
+        policy.write_text(policy.read_text().replace(app_digest(), "0" * 64))
     before = {name: network.sites[name].ledger.read_bytes() for name in APPROVED}
-    file = network.root / "other-app.yaml"
-    file.write_text(settings_yaml(study))
+    file = study_file(network.root, study)
     command("federation", "start", network.federation.folder, file, "--sites", ",".join(APPROVED))
     run = network.run("other-app")
     network.wait("the run says why it ended", run.failure.exists, 60)
