@@ -202,8 +202,10 @@ def main(arguments: list[str]) -> None:
     quieten_libraries()
     site_file, number, parent = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
+    log = site_file.parent / "log"
+    log.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (
-        run_log(site_file.parent / "log", lambda: datetime.now(UTC), name="worker.jsonl"),
+        run_log(log, lambda: datetime.now(UTC), name="worker.jsonl"),
         socket.socket(fileno=number) as connection,
         contextlib.suppress(BrokenPipeError, ConnectionResetError),
     ):

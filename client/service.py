@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import socket
 import sys
 import threading
@@ -140,19 +139,17 @@ def children(service: SiteService, parts: tuple[Part, ...] = tuple(Part)) -> tup
 def serve(
     folder: Path,
     *,
+    stop: threading.Event,
     parts: tuple[Part, ...] = tuple(Part),
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
     tell: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Run the site until SIGTERM or SIGINT, then end what was started. tell: gets a line for whoever watches.
+    """Run the site until `stop` is set, then end what was started. tell: gets a line for whoever watches.
 
     Raises as `prepare` does; VerificationFailed when the gateway is not the federation's; UsageError when this folder
     is being served already, or a port is taken.
     """
     service = prepare(folder, now())
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
     watch = _Watch(service, tell)
     record = service.folder / ("pids.json" if len(parts) == len(Part) else f"pids-{parts[0]}.json")
     with Supervisor(children(service, parts), record=record) as supervisor:
@@ -167,7 +164,7 @@ def serve(
         )
         for line in service.notes:
             tell(f"note: {line}")
-        while not stopped.wait(_LOOK_S):
+        while not stop.wait(_LOOK_S):
             for ended in supervisor.poll():
                 watch.part_ended(ended)
             watch.look_outside()

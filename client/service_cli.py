@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -25,4 +27,7 @@ def serve(
     if only is not None and only not in list(service.Part):
         raise UsageError(f"--only {only!r} is neither `supernode` nor `runner`; nothing was started.")
     parts = tuple(service.Part) if only is None else (service.Part(only),)
-    service.serve(site, parts=parts, tell=lambda line: typer.echo(line, err=True))
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    service.serve(site, stop=stop, parts=parts, tell=lambda line: typer.echo(line, err=True))

@@ -49,13 +49,14 @@ class LocalSuperNode:
         self.state.set_node_id(NODE)
         self._socket = socket.create_server(("127.0.0.1", port or 0))
         self.port: int = self._socket.getsockname()[1]
-        config = uvicorn.Config(create_app(self._factory, secret), log_level="error", lifespan="off")
+        config = uvicorn.Config(create_app(self._factory, secret), log_level="error", lifespan="off", ws="none")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="supernode")
 
     def __enter__(self) -> Self:
         self._thread.start()
         while not self._server.started:
+            assert self._thread.is_alive(), "the server did not start"
             time.sleep(_LOOK_S)
         return self
 
@@ -147,7 +148,15 @@ class LocalSuperNode:
             return message
         store = self._objects.store()
         tree = store.get_object_tree(message.metadata.message_id)
-        contents = {part.object_id: store.get(part.object_id) for part in iterate_object_tree(tree)}
+        contents = {part.object_id: self._content(part.object_id) for part in iterate_object_tree(tree)}
         whole = inflate_object_from_contents(message.metadata.message_id, contents)
         assert isinstance(whole, Message)
         return whole
+
+    def _content(self, name: str) -> bytes:
+        """An object, once it has been pushed; as a SuperNode waits for it before it sends a reply."""
+        end = time.monotonic() + 20
+        while not (content := self._objects.store().get(name)):
+            assert time.monotonic() < end, "an object of the reply never came"
+            time.sleep(_LOOK_S)
+        return content

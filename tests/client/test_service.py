@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -18,6 +19,7 @@ from joined_site import Joined, join, utc_now
 from client.service import Part, children, prepare, serve
 from common.cli import run as consilium
 from common.errors import ConsiliumError, ExitCode, PolicyRefusal, SettingsError, UsageError, VerificationFailed
+from common.evidence.canonical import canonical_json
 from common.processes import alive, recorded_pids, seen
 from common.telemetry.security_log import SecurityLog
 from common.telemetry.serving import READINESS, is_healthy
@@ -26,13 +28,6 @@ from common.telemetry.serving import READINESS, is_healthy
 @pytest.fixture
 def site(tmp_path: Path) -> Joined:
     return join(tmp_path)
-
-
-def served(site: Joined) -> tuple[int, str]:
-    """Exit code and text of `site serve` for a site that may not start."""
-    command = [sys.executable, "-m", "common.cli", "site", "serve", str(site.folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    return done.returncode, done.stderr
 
 
 # --- what keeps a site from starting ----------------------------------------------------------------------------------
@@ -89,7 +84,10 @@ def test_a_site_that_has_not_joined_does_not_start(site):
 
 def test_a_changed_welcome_does_not_start(site):
     file = site.folder / "federation" / "welcome.json"
-    file.write_text(file.read_text().replace('"port":8443', '"port":8444'))
+    body = json.loads(file.read_text())
+    payload = body["welcome"]["payload"]
+    body["welcome"]["payload"] = payload[:100] + ("A" if payload[100] != "A" else "B") + payload[101:]
+    file.write_bytes(canonical_json(body))
     with pytest.raises(VerificationFailed):
         prepare(site.folder, utc_now())
 
@@ -124,7 +122,7 @@ def test_a_gateway_of_another_authority_keeps_the_site_from_starting_and_is_logg
     with GatewayServer(other.federation.gateway_certificate, other.federation.gateway_key) as gateway:
         site = join(tmp_path, port=gateway.port)
         with pytest.raises(VerificationFailed, match=r"not trusted.*nothing was started") as refused:
-            serve(site.folder)
+            serve(site.folder, stop=threading.Event())
     assert refused.value.exit_code == ExitCode.REFUSED
     (record,) = SecurityLog.of_folder(site.folder).verify()
     assert (record.operation, record.outcome) == ("service", "gateway-not-trusted")
@@ -136,13 +134,13 @@ def test_a_taken_port_keeps_the_site_from_starting(site):
         port = holder.getsockname()[1]
         site.connect(health_port=port)
         with pytest.raises(UsageError, match=f"port {port} is taken .*`health_port` in connection.yaml"):
-            serve(site.folder)
+            serve(site.folder, stop=threading.Event())
     assert recorded_pids(site.folder / "pids.json") == {}
 
 
 def test_a_runner_alone_needs_a_port_that_its_supernode_knows(site):
     with pytest.raises(UsageError, match="runtime_port"):
-        serve(site.folder, parts=(Part.RUNNER,))
+        serve(site.folder, stop=threading.Event(), parts=(Part.RUNNER,))
 
 
 # --- what the parts are given -----------------------------------------------------------------------------------------
@@ -237,7 +235,7 @@ def test_a_site_without_a_gateway_stays_up_tries_and_says_so(site, running):
     log = site.folder / "log" / "supernode.log"
     assert running.poll() is None
     with pytest.raises(UsageError, match="served by another process already"):
-        serve(site.folder)
+        serve(site.folder, stop=threading.Event())
     # One part that dies is started again, and the other stays.
     os.kill(pids["runner"], signal.SIGKILL)
     wait_for(lambda: recorded_pids(site.folder / "pids.json").get("runner", pids["runner"]) != pids["runner"], 30)
