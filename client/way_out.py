@@ -25,7 +25,6 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from common.errors import Unreachable
 
 TIMEOUT_S: Final = 10.0
-_LARGEST_ANSWER: Final = 4096  # bytes that are read of a body
 _EXPIRED: Final = 10  # X509_V_ERR_CERT_HAS_EXPIRED  [OpenSSL, x509_vfy.h]
 _NOT_YET: Final = 9
 _OTHER_NAME: Final = frozenset({62, 64})  # of a host, of an address
@@ -123,8 +122,8 @@ def _tunnel(raw: socket.socket, host: str, port: int, way: SplitResult) -> None:
     remedy = f"have the proxy let this machine CONNECT to {target}"
     try:
         raw.sendall("\r\n".join([*lines, "", ""]).encode())
-        answer = http.client.HTTPResponse(raw, method="CONNECT")
-        answer.begin()
+        with http.client.HTTPResponse(raw, method="CONNECT") as answer:
+            answer.begin()
     except (OSError, http.client.HTTPException) as error:
         raise WayBlocked(Step.PROXY, f"the proxy gave no answer to CONNECT ({_said(error)})", remedy) from error
     if answer.status != http.client.OK:
@@ -174,11 +173,10 @@ def _health(tls: ssl.SSLSocket, host: str, now: Callable[[], datetime]) -> tuple
     try:
         asked = now()
         tls.sendall(f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-        answer = http.client.HTTPResponse(tls, method="GET")
-        answer.begin()
-        answered = now()
-        date = answer.getheader("Date")
-        answer.read(_LARGEST_ANSWER)
+        with http.client.HTTPResponse(tls, method="GET") as answer:
+            answer.begin()
+            answered = now()
+            date = answer.getheader("Date")
     except (OSError, http.client.HTTPException) as error:
         raise WayBlocked(
             Step.GATEWAY, f"the gateway gave no answer ({_said(error)})", "ask the coordinator whether it runs"
