@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import date
 from enum import StrEnum
 from pathlib import Path
@@ -168,6 +169,12 @@ class SitePolicy(Settings):
     def digest(self) -> str:
         """SHA-256 (hex) of the policy's canonical JSON."""
         return settings_digest(self)
+
+
+def policy_schema() -> str:
+    """JSON Schema (2020-12) of a policy.yaml, for editors and for whoever checks one without this program."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **SitePolicy.model_json_schema()}
+    return json.dumps(schema, indent=2, sort_keys=True) + "\n"
 
 
 def load_site(path: Path) -> SiteSettings:
