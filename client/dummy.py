@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -87,6 +87,26 @@ _NOT_EXERCISED: Final = (
 ReplyT = TypeVar("ReplyT", bound=Reply)
 
 
+class Worker(Protocol):
+    """Whoever answers the orders of a rehearsal. bytes_out: of all replies so far."""
+
+    bytes_out: int
+
+    def start(self) -> None:
+        """Be ready. Raises WorkerFailed."""
+
+    def ask(self, order: Order) -> Reply:
+        """Return the reply that would leave. Raises WorkerFailed when there is none in time."""
+
+    def stop(self) -> None:
+        """Be gone."""
+
+
+def real_worker(site_file: Path) -> Worker:
+    """A process like the one that serves."""
+    return DummyWorker(site_file, limit_s=LIMIT_S)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One thing that was tried. what: `enrol`, `warm-up`, ...; value: what came of it, or why it failed."""
@@ -114,11 +134,15 @@ class Rehearsal:
 
 
 def rehearse(
-    folder: Path, *, now: Callable[[], datetime] = lambda: datetime.now(UTC), tell: Callable[[Step], None] | None = None
+    folder: Path,
+    *,
+    worker_of: Callable[[Path], Worker] = real_worker,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    tell: Callable[[Step], None] = lambda _: None,
 ) -> Rehearsal:
-    """Steps (1) to (5). tell: hears of each step as it ends. Raises SettingsError, PolicyRefusal before any order.
+    """Steps (1) to (5). worker_of: for a site file. tell: hears of each step as it ends.
 
-    PolicyRefusal: the policy has expired, or its limits leave no room for even the smallest study.
+    Raises SettingsError, and PolicyRefusal when the policy has expired or its limits leave no room for any study.
     """
     settings, policy = load_site(folder / SITE_FILE), load_policy(folder / POLICY_FILE)  # (1)
     if now().astimezone(UTC).date() > policy.expires:
@@ -132,7 +156,8 @@ def rehearse(
         raise PolicyRefusal("the policy's limits leave no room for any study; nothing was tried: " + "; ".join(found))
     patients = _phantoms_for(_fewest(policy))
     with _throw_away(settings, policy, patients) as place:
-        acts = _Acts(place, study, plan, site=settings.site, policy=policy, now=now, tell=tell)
+        worker = worker_of(place / SITE_FILE)
+        acts = _Acts(place, study, plan, worker=worker, site=settings.site, policy=policy, now=now, tell=tell)
         acts.play()
         return Rehearsal(
             steps=tuple(acts.steps), patients=patients, bytes_out=acts.bytes_out, notes=tuple(_notes(settings, policy))
@@ -193,10 +218,11 @@ class _Acts:
         study: Study,
         plan: Plan,
         *,
+        worker: Worker,
         site: str,
         policy: SitePolicy,
         now: Callable[[], datetime],
-        tell: Callable[[Step], None] | None,
+        tell: Callable[[Step], None],
     ) -> None:
         self._place = place
         self._study = study
@@ -207,7 +233,7 @@ class _Acts:
         self._tell = tell
         self._key = Ed25519PrivateKey.generate()
         self._generator = weights_of(build_generator(study))
-        self._worker = DummyWorker(place / SITE_FILE, limit_s=LIMIT_S)
+        self._worker = worker
         self._witness: WitnessedHead | None = None
         self.steps: list[Step] = []
 
@@ -246,8 +272,7 @@ class _Acts:
             value, failure = str(error), error
         step = Step(what=what, ok=failure is None, value=value, seconds=time.monotonic() - began)
         self.steps.append(step)
-        if self._tell is not None:
-            self._tell(step)
+        self._tell(step)
         if failure is not None:
             raise _NotAsItShouldBe(value) from failure
         return value

@@ -49,7 +49,7 @@ def dummy(site: Folder, *, as_json: AsJson = False) -> None:
     from client.dummy import rehearse  # noqa: PLC0415
     from client.site_folder import site_folder  # noqa: PLC0415
 
-    done = rehearse(site_folder(site), tell=None if as_json else _tell)
+    done = rehearse(site_folder(site), tell=(lambda _: None) if as_json else _tell)
     if as_json:
         typer.echo(json.dumps({"ok": done.ok, **asdict(done)}, indent=2, sort_keys=True))
     else:
