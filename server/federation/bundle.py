@@ -32,7 +32,12 @@ def manifest() -> str:
 
 def app_bundle() -> bytes:
     """The bundle as Flower's archive format, the same bytes wherever it is built."""
-    text = manifest().encode()
+    return bundle_of(manifest())
+
+
+def bundle_of(pyproject: str) -> bytes:
+    """A bundle that holds this pyproject.toml and nothing else."""
+    text = pyproject.encode()
     listing = f"{_MANIFEST},{hashlib.sha256(text).hexdigest()},{len(text) * 8}"  # sizes in bits, as Flower counts
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
