@@ -26,6 +26,7 @@ from client.site import POLICY_FILE, Site
 from common.errors import PolicyRefusal, ProtocolError, UsageError
 from common.protocol import codec
 from common.protocol.messages import RefusalCode
+from common.telemetry.logs import reason_of
 
 SITE_FILE = "site.yaml"
 LARGEST_PROCESS_SITES = 256  # simulated sites whose settings one process keeps parsed
@@ -101,4 +102,4 @@ def _opened(site_file: Path, fingerprint: bytes) -> Site:  # noqa: ARG001  # the
 
 def _note(error: Exception) -> None:
     """Tell the operator of this process, and nobody else, what a refusal hides."""
-    log.error("the order was refused: %s", error, exc_info=error)
+    log.error("the order was refused: %s: %s", type(error).__name__, reason_of(error))

@@ -88,6 +88,7 @@ from common.protocol.messages import (
 from common.settings.site import SitePolicy, SiteSettings, load_policy, load_site
 from common.settings.study import Study
 from common.telemetry.events import Observer, ignore
+from common.telemetry.logs import reason_of
 
 POLICY_FILE = "policy.yaml"
 LEDGER_FILE = "ledger.sqlite"
@@ -182,7 +183,7 @@ class Site:
                 self._log("answered", order)
         except Exception as error:  # noqa: BLE001  # the one boundary of this process: no text, no path may leave
             code = refusal_code(error)
-            self._log("refused", order, code=code, detail=str(error), trace=code is RefusalCode.INTERNAL)
+            self._log("refused", order, code=code, detail=reason_of(error), trace=code is RefusalCode.INTERNAL)
             return RefusalReply(code=code)
         else:
             return reply

@@ -63,6 +63,7 @@ from common.protocol.messages import (
     WarmUpOrder,
     WitnessedHead,
 )
+from common.telemetry.logs import describe_exception, redact
 
 KEPT_STATES = 2
 HOLDOUT_KEY_BYTES = 32
@@ -99,12 +100,12 @@ class SiteStore:
         return self.folder / "paused"
 
     def log(self, event: str, facts: Mapping[str, str | int], *, trace: bool = False) -> None:
-        """Add one JSON line to site.log, with the error that is being handled if `trace`."""
+        """Add one JSON line to site.log, with where the error that is being handled came from if `trace`."""
         descriptor = os.open(self.folder / "site.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "a", encoding="utf-8") as stream:
             logger = structlog.wrap_logger(
                 structlog.WriteLogger(stream),
-                processors=[structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
+                processors=[describe_exception, redact, structlog.processors.JSONRenderer()],
             )
             logger.info(event, **facts, exc_info=trace)
 
