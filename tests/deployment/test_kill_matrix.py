@@ -95,10 +95,11 @@ class Matrix:
 
 def working_on(ledger: Path) -> int | None:
     """The round that the last row of a ledger is about, while it is trained."""
-    if not ledger.exists():
+    try:
+        with closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True, timeout=10)) as rows:
+            last = rows.execute("SELECT kind, key FROM ledger ORDER BY seq DESC LIMIT 1").fetchone()
+    except sqlite3.OperationalError:  # not made yet
         return None
-    with closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True, timeout=10)) as rows:
-        last = rows.execute("SELECT kind, key FROM ledger ORDER BY seq DESC LIMIT 1").fetchone()
     if last is None or last[0] != "spend" or not last[1].startswith("round "):
         return None
     return int(last[1].removeprefix("round "))
