@@ -24,14 +24,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
 from common.errors import ConsiliumError, ExitCode, IntegrityError, Unreachable, UsageError
-from common.processes import end_all, recorded_pids, seen, stop_process
+from common.processes import below, end_all, recorded_pids, seen, stop_process
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 HOST: Final = "127.0.0.1"
@@ -65,11 +65,12 @@ class Service:
 
     def kill(self) -> None:
         """SIGKILL to it and to everything it runs, as by a power cut."""
-        pids = [self.process.pid, *self.pids.values()]
-        say(f"  kill -9 {' '.join(map(str, pids))}    # {', '.join((' '.join(self.words), *self.pids))}")
-        for process in [seen(pid) for pid in pids]:
-            if process is not None:
-                os.kill(process.pid, signal.SIGKILL)
+        everything = [seen(self.process.pid), *below(self.process.pid)]
+        pids = [process.pid for process in everything if process is not None]
+        say(f"  kill -9 {' '.join(map(str, pids))}    # {' '.join(self.words)}: {', '.join(self.pids)} and below")
+        for pid in pids:
+            with suppress(ProcessLookupError):  # ended with its parent
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
 
