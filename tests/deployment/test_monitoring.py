@@ -195,6 +195,7 @@ def test_every_alert_fires_when_it_must_and_is_silent_before(path):
 
 
 @needs("promtool", "prometheus")
+@pytest.mark.slow
 def test_promtool_fails_for_a_rule_that_no_longer_fires(tmp_path):
     """The tests above can fail: the same cases against a rule with another limit."""
     shutil.copytree(FOLDER / "rules", tmp_path / "rules")
