@@ -154,7 +154,7 @@ def test_a_smaller_allowance_takes_fewer_patients_at_once(tmp_path, scans):
     wide = tiny_study(
         purpose=PURPOSE,
         privacy={**STUDY.model_dump()["privacy"], "sampling_probability": 1.0},
-        training={"critic_width": 64, "generator_width": 8, "fake_batch": 2},
+        training={"critic_width": 32, "views_per_patient": 20, "fake_batch": 2},
         federation={"minimum_patients": 4},
     )
     narrow = checked(write_site(tmp_path / "site", data=scans, training_memory_mib=64), wide).step

@@ -78,6 +78,7 @@ def failed(rehearsal: Rehearsal) -> str:
     return last.what
 
 
+@pytest.mark.slow
 def test_every_kind_of_order_is_answered_under_the_policy_of_a_site_that_was_just_made(tmp_path):
     done = rehearsed(write_site(tmp_path, denying_policy(datetime.now(UTC))))
     assert [step.what for step in done.steps if step.ok] == EVERYTHING, done.steps
