@@ -26,5 +26,5 @@ def finished(network: tuple[Network, ConnectProxy]) -> Campaign:
     served_by, proxy = network
     file = study_file(served_by.root, STUDY)
     command("federation", "start", served_by.federation.folder, file, "--sites", ",".join(APPROVED))
-    run = served_by.wait_until_finished(STUDY.study, 240)
+    run = served_by.wait_until_finished(STUDY.study, 600)
     return Campaign(network=served_by, proxy=proxy, study=STUDY, run=run, outsider="site-3")

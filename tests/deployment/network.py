@@ -39,8 +39,8 @@ from server.run_folder import RunFolder, RunState
 from tests.tiny_studies import tiny_study
 
 HOST: Final = "127.0.0.1"
-START_S: Final = 90.0
-CONNECT_S: Final = 120.0
+START_S: Final = 180.0
+CONNECT_S: Final = 240.0
 _LOOK_S: Final = 0.1
 _LAST_LINES: Final = 40
 

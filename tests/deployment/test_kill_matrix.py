@@ -39,9 +39,9 @@ from server.simulated_sites import Cohorts, plan_sites
 pytestmark = pytest.mark.slow
 SEED, PATIENTS = 7, 30
 # More rounds than points: a round that passes while a test looks around is of no use to the next one.
-STUDY = small_study("kill-matrix", rounds=40, steps=24, epsilon_cap=60.0)
+STUDY = small_study("kill-matrix", rounds=22, steps=24, epsilon_cap=60.0)
 DIGEST = study_digest(STUDY)
-HELD_S = 240.0
+HELD_S = 420.0
 
 
 @dataclass(kw_only=True)
@@ -72,7 +72,7 @@ class Matrix:
             rounds = {working_on(self.site(name).ledger) for name in names}
             return rounds.pop() if len(rounds) == 1 else None
 
-        return self.network.wait(f"{names} train", look, 240)
+        return self.network.wait(f"{names} train", look, 300)
 
     def wait_until_held(self, number: int) -> None:
         self.network.wait(f"round {number} is held", lambda: self.held() >= number, HELD_S)
@@ -233,8 +233,8 @@ def test_a_round_in_which_something_is_killed_is_held_with_both_sites_and_paid_f
 
 
 def test_in_the_end_weights_and_answers_are_those_of_a_run_that_nothing_interrupted(matrix: Matrix):
-    run = matrix.network.wait_until_finished(STUDY.study, 240)
-    assert matrix.straight.wait(120) == 1, (matrix.network.root / "straight.txt").read_text()
+    run = matrix.network.wait_until_finished(STUDY.study, 600)
+    assert matrix.straight.wait(300) == 1, (matrix.network.root / "straight.txt").read_text()
     straight = RunFolder.open(matrix.straight_run)
     ours, theirs = (
         [(r.round, r.weights_digest, r.replies) for r in CheckpointStore(r.checkpoints, study_digest=DIGEST).records()]
@@ -249,7 +249,7 @@ def test_in_the_end_weights_and_answers_are_those_of_a_run_that_nothing_interrup
 
 
 def test_in_the_end_the_signed_epsilon_is_what_the_ledgers_say(matrix: Matrix):
-    run = matrix.network.wait_until_finished(STUDY.study, 240)
+    run = matrix.network.wait_until_finished(STUDY.study, 600)
     key = public_pem(load_signing_key(matrix.network.folder.signing_key).public_key())
     verified = verify_bundle(run.release, trusted_key=key, now=datetime.now(UTC))
     for name, site in matrix.network.sites.items():
@@ -265,7 +265,7 @@ def test_in_the_end_the_signed_epsilon_is_what_the_ledgers_say(matrix: Matrix):
 
 
 def test_a_finished_run_is_not_begun_again(matrix: Matrix):
-    run = matrix.network.wait_until_finished(STUDY.study, 240)
+    run = matrix.network.wait_until_finished(STUDY.study, 600)
     before = run.evidence.read_bytes()
     command("federation", "resume", matrix.federation.folder, STUDY.study)
     time.sleep(3)

@@ -91,7 +91,7 @@ def test_a_bundle_that_the_policy_does_not_name_is_refused_before_any_patient_is
     file = study_file(network.root, study)
     command("federation", "start", network.federation.folder, file, "--sites", ",".join(APPROVED))
     run = network.run("other-app")
-    network.wait("the run says why it ended", run.failure.exists, 60)
+    network.wait("the run says why it ended", run.failure.exists, 180)
     failure = json.loads(run.failure.read_text())
     command("federation", "stop", network.federation.folder, "other-app")
     for name in APPROVED:
@@ -119,7 +119,7 @@ def test_a_revoked_site_loses_its_connection_and_does_not_come_back(finished: Ca
         command("federation", "revoke", network.federation.folder, "site-4", "--reason", "a test")
         assert "site-4" not in network.online()
         log = site.folder / "log" / "supernode.log"
-        network.wait("its next try is refused", lambda: "2004" in log.read_text(), 60)
+        network.wait("its next try is refused", lambda: "2004" in log.read_text(), 180)
     finally:
         site.stop()
     assert network.online() == {"site-1", "site-2", "site-3"}
@@ -133,5 +133,5 @@ def connect_with(site: Site, key: Path, folder: Path) -> subprocess.CompletedPro
     assert argv != list(supernode.argv)
     return subprocess.run(
         argv, env=dict(supernode.env), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        check=False, timeout=60,
+        check=False, timeout=180,
     )  # fmt: skip
