@@ -108,7 +108,7 @@ class LocalSuperNode:
         for entry in store.store.values():
             entry.content = b"garbage"
 
-    def replies(self, count: int = 1, limit_s: float = 20.0) -> list[Message]:
+    def replies(self, count: int = 1, limit_s: float = 60.0) -> list[Message]:
         """The next replies, whole."""
         found: list[Message] = []
         end = time.monotonic() + limit_s
@@ -118,7 +118,7 @@ class LocalSuperNode:
             time.sleep(_LOOK_S)
         return found
 
-    def reply(self, limit_s: float = 20.0) -> Reply:
+    def reply(self, limit_s: float = 60.0) -> Reply:
         """What the next reply says; one that holds an error is none."""
         (message,) = self.replies(limit_s=limit_s)
         assert not message.has_error()
@@ -155,7 +155,7 @@ class LocalSuperNode:
 
     def _content(self, name: str) -> bytes:
         """An object, once it has been pushed; as a SuperNode waits for it before it sends a reply."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while not (content := self._objects.store().get(name)):
             assert time.monotonic() < end, "an object of the reply never came"
             time.sleep(_LOOK_S)

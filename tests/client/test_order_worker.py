@@ -53,12 +53,12 @@ def started(tmp_path: Path) -> Iterator[Callable[[str], OrderWorker]]:
 
 
 def pid_of(worker: OrderWorker) -> int:
-    return int(worker.answer(b"", 20).partition(b":")[0])
+    return int(worker.answer(b"", 60).partition(b":")[0])
 
 
 def test_one_process_answers_one_order_after_the_other(started):
     worker = started(ECHO)
-    answers = [worker.answer(text, 20) for text in (b"a", b"", b"b" * 2**20)]
+    answers = [worker.answer(text, 60) for text in (b"a", b"", b"b" * 2**20)]
     pids = {answer.partition(b":")[0] for answer in answers}
     assert [answer.partition(b":")[2] for answer in answers] == [b"a", b"", b"b" * 2**20]
     assert len(pids) == 1
@@ -77,7 +77,7 @@ def test_an_order_that_takes_too_long_ends_the_worker_and_the_next_starts_anothe
     began = time.monotonic()
     with pytest.raises(WorkerFailed, match="longer than the site allows"):
         worker.answer(b"slow", 0.5)
-    assert 0.4 < time.monotonic() - began < 10
+    assert 0.4 < time.monotonic() - began < 30
     assert first is not None
     assert not alive(first)
     assert not worker.ready
@@ -85,24 +85,24 @@ def test_an_order_that_takes_too_long_ends_the_worker_and_the_next_starts_anothe
 
 
 @pytest.mark.parametrize(
-    ("does", "told"),
+    ("does", "told", "limit_s"),
     [
-        ("sys.exit(3)", "ended while it worked"),
-        ("os.kill(os.getpid(), 9)", "ended while it worked"),
-        ('stream.write(b"gar"); stream.flush(); sys.exit(0)', "ended while it worked"),
-        ('send(b"", 2**63)', "more than any reply has"),
-        ('send(b"half", 100); sys.exit(0)', "ended while it worked"),
-        ('send(b"half", 100); time.sleep(60)', "longer than the site allows"),
+        ("sys.exit(3)", "ended while it worked", 60),
+        ("os.kill(os.getpid(), 9)", "ended while it worked", 60),
+        ('stream.write(b"gar"); stream.flush(); sys.exit(0)', "ended while it worked", 60),
+        ('send(b"", 2**63)', "more than any reply has", 60),
+        ('send(b"half", 100); sys.exit(0)', "ended while it worked", 60),
+        ('send(b"half", 100); time.sleep(60)', "longer than the site allows", 0.5),
     ],
     ids=["exit", "killed", "garbage", "huge", "torn", "half"],
 )
-def test_a_worker_that_does_not_answer_properly_is_ended_and_replaced(started, does, told):
+def test_a_worker_that_does_not_answer_properly_is_ended_and_replaced(started, does, told, limit_s):
     worker = started(FRAME + f'send(b"ready")\ntake()\n{does}\n')
-    with pytest.raises(WorkerFailed, match=told):
-        worker.answer(b"order", 1.0)
-    assert not worker.ready
-    with pytest.raises(WorkerFailed, match=told):
-        worker.answer(b"order", 1.0)
+    for _ in range(2):
+        worker.wait_until_ready(60)
+        with pytest.raises(WorkerFailed, match=told):
+            worker.answer(b"order", limit_s)
+        assert not worker.ready
 
 
 def test_a_worker_that_dies_between_two_orders_is_started_again(started):
@@ -110,7 +110,7 @@ def test_a_worker_that_dies_between_two_orders_is_started_again(started):
     first = seen(pid_of(worker))
     assert first is not None
     os.kill(first.pid, signal.SIGKILL)
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while worker.ready:
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -119,22 +119,22 @@ def test_a_worker_that_dies_between_two_orders_is_started_again(started):
 
 def test_a_worker_that_cannot_start_is_told_and_not_taken_for_one(started):
     with pytest.raises(WorkerFailed, match="ended while it"):
-        started("raise SystemExit(1)").wait_until_ready(20)
+        started("raise SystemExit(1)").wait_until_ready(60)
     with pytest.raises(WorkerFailed, match="something else than its readiness"):
-        started(FRAME + 'send(b"hello")\ntake()\n').wait_until_ready(20)
+        started(FRAME + 'send(b"hello")\ntake()\n').wait_until_ready(60)
     with pytest.raises(WorkerFailed, match="longer than"):
         started("import time; time.sleep(60)").wait_until_ready(0.5)
 
 
 def test_an_order_is_given_up_when_the_runner_is_stopped(started):
     worker = started(FRAME + 'send(b"ready")\ntake()\ntime.sleep(60)\n')
-    worker.wait_until_ready(20)
+    worker.wait_until_ready(60)
     stopped = threading.Event()
     threading.Timer(0.3, stopped.set).start()
     began = time.monotonic()
     with pytest.raises(WorkerFailed, match="being stopped"):
         worker.answer(b"order", 60, stopped.is_set)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
 
 
 def test_a_worker_has_no_proxy_to_call_through():
@@ -247,7 +247,7 @@ def test_the_real_worker_ends_when_its_runner_is_killed(folder, tmp_path):
             assert alive(worker)
         finally:
             runner.kill()
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while alive(worker):
         assert time.monotonic() < end
         time.sleep(0.05)
