@@ -67,8 +67,9 @@ def test_a_federation_is_copied_without_superlink_db(tmp_path):
     folder = make_federation(tmp_path / "federation").path
     before = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     SecurityLog.of_folder(folder).note(operation="enrol", outcome="done")
-    add(folder, "superlink/superlink.db", "superlink/superlink.db-wal", "superlink/home/x", "gateway/tmp/body/1")
+    add(folder, "superlink/superlink.db", "superlink/superlink.db-wal", "gateway/tmp/body/1")
     add(folder, "log/gateway-access.log", "log/superlink.log", "pids.json", "runs/r/.lock", "gateway/nginx.conf")
+    add(folder / "superlink" / "home", "x")
     add(folder, "runs/r/evidence.jsonl", "runs/r/private/auditor.key", "sites/alpha.pem")
     done = backup("coordinator", folder, tmp_path / "copy.tar")
     assert (done.returncode, done.stderr) == (0, "")
