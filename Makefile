@@ -6,8 +6,10 @@ STAMP := $(VENV)/.installed
 OUT ?= runs/demo
 DEMO ?=
 ONLY ?=
+# A process a core, each with one thread: two threads in one process wait for each other.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test check fast-test slow-test bench format lock clean help
+.PHONY: demo test check lint bench format lock clean help
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -22,13 +24,15 @@ demo: $(STAMP) ## Three simulated hospitals, phantoms, to a verified release in 
 	$(BIN)/consilium verify $(OUT)/release
 
 test: $(STAMP) ## All tests
-	$(BIN)/python -m pytest
+	$(TESTS)
 
-check: $(STAMP) ## Format, lint, strict types, architecture, fast tests
+check: lint ## What lint does, architecture, fast tests
+	$(TESTS) -m "not slow"
+
+lint: $(STAMP) ## Format, lint, strict types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
 
 bench: $(STAMP) ## Benchmarks with peers in the same run: build/bench/*.json (ONLY=name for one)
 	$(BIN)/python -m tests.benchmarks $(ONLY)
