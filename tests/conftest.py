@@ -1,4 +1,4 @@
-"""Makes modules that lie beside this file importable by tests of every folder; drawn examples are the same each time."""
+"""Makes modules that lie beside this file importable by tests of every folder; examples are drawn repeatably."""
 
 from hypothesis import settings
 
