@@ -7,8 +7,10 @@ OUT ?= runs/demo
 DEPLOY_OUT ?= runs/deploy-demo
 DEMO ?=
 ONLY ?=
+# A process a core, each with one thread: two threads in one process wait for each other.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo deploy-demo test check fast-test slow-test bench format lock clean help
+.PHONY: demo deploy-demo test check lint bench format lock clean help
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -26,13 +28,15 @@ deploy-demo: $(STAMP) ## A coordinator with its gateway and two hospitals as pro
 	$(BIN)/python deploy/demo/run.py --out $(DEPLOY_OUT) $(DEMO)
 
 test: $(STAMP) ## All tests
-	$(BIN)/python -m pytest
+	$(TESTS)
 
-check: $(STAMP) ## Format, lint, strict types, architecture, fast tests
+check: lint ## What lint does, architecture, fast tests
+	$(TESTS) -m "not slow"
+
+lint: $(STAMP) ## Format, lint, strict types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
 
 bench: $(STAMP) ## Benchmarks with peers in the same run: build/bench/*.json (ONLY=name for one)
 	$(BIN)/python -m tests.benchmarks $(ONLY)

@@ -98,7 +98,7 @@ def score_site(
     # (4) and (5) count, add noise
     noise = answer.fork("noise")
     histograms = tuple(
-        _noised(name, group, count([*patients.values()], plan, name=name, group=group), asked.epsilon, noise)
+        noised_counts(name, group, count([*patients.values()], plan, name=name, group=group), asked.epsilon, noise)
         for name, asked in plan.answers.items()
         for group in asked.groups
     )
@@ -124,9 +124,14 @@ def _score_all(
     return dict(zip(names, in_parallel(score, names, observer), strict=True))
 
 
-def _noised(
+def noised_counts(
     name: str, group: Group, counts: NDArray[np.int64], epsilon: float | None, noise: SecureStream
 ) -> NoisedHistogram:
+    """What leaves of one endpoint and group: (bins,) private counts, each with noise of its own.
+
+    One patient moves one count by one, so this is epsilon-differentially private.  [Ghosh et al. 2012]
+    Raises PolicyRefusal when the plan asks for no noise.
+    """
     if epsilon is None:
         raise PolicyRefusal("the audit plan asks for answers without noise; a site gives none, and nothing left.")
     noised = counts + noise.discrete_laplace(len(counts), epsilon)

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import bisect
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +17,7 @@ from numpy.typing import NDArray
 from common.attacks.blind import fine_share
 from common.attacks.disguise import Coins, disguise
 from common.attacks.suite import Suite
+from common.attacks.threads import one_thread_each
 from common.measure.audit_plan import AuditPlan, Endpoint, Group, blind_bin
 from common.settings.study import Question
 from common.telemetry.events import Observer, Progress
@@ -105,25 +103,8 @@ def _bin(patient: PatientScore, name: str, edges: Mapping[str, tuple[float, ...]
 def in_parallel(score: Callable[[str], PatientScore], names: Sequence[str], observer: Observer) -> list[PatientScore]:
     """`score` of every name, in order; neither order nor company changes anybody's score."""
     found = []
-    with _one_thread_each() as workers:
-        for done, scored in enumerate(workers.map(score, names), start=1):
-            found.append(scored)
-            if done % _REPORT_EVERY == 0 or done == len(names):
-                observer(Progress(task="scoring", done=done, total=len(names)))
+    for done, scored in enumerate(one_thread_each(score, names), start=1):
+        found.append(scored)
+        if done % _REPORT_EVERY == 0 or done == len(names):
+            observer(Progress(task="scoring", done=done, total=len(names)))
     return found
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """As many workers as torch would use threads, each with one; the caller's number afterwards.
-
-    The products of a single scan are small: two threads that wait for each other on a busy machine took ten times as
-    long. It also keeps a score's rounding, and so its bin, free of how many cores a hospital has.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(max_workers=max(1, min(before, os.cpu_count() or 1))) as workers:
-            yield workers
-    finally:
-        torch.set_num_threads(before)

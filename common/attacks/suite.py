@@ -24,6 +24,7 @@ from common.attacks.near_copy import NearCopy, templates
 from common.attacks.nearest import Nearest
 from common.attacks.substitute import Substitute
 from common.attacks.templates import pool, pooled_draws
+from common.attacks.threads import one_thread_each
 from common.errors import DataError, PolicyRefusal
 from common.generator.sampling import LatentToPairs, sample_pairs
 from common.measure.audit_plan import AuditPlan, Endpoint
@@ -143,10 +144,12 @@ def build_suite(
                 assert_never(name)
 
     attacks = {name: attack(name) for name in plan.attacks}
-    lows, highs = (
-        [{name: each.raw(volume) for name, each in attacks.items()} for volume in side.fresh]
-        for side in (start, candidate)
-    )
+
+    @torch.no_grad()
+    def raw(volume: Tensor) -> dict[AttackName, float]:
+        return {name: each.raw(volume) for name, each in attacks.items()}
+
+    lows, highs = (list(one_thread_each(raw, list(side.fresh))) for side in (start, candidate))
     return _suite(
         attacks, lows, highs, fresh=candidate.fresh, near_copy=near_copy, label_size=LabelSize(candidate.pooled)
     )

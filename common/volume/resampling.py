@@ -92,7 +92,7 @@ class Oblique:
         """
         sigma = [_sigma(step) for step in np.linalg.norm(self.matrix, axis=1)]
         if any(sigma):
-            cropped = ndimage.gaussian_filter(cropped, sigma, mode="nearest", truncate=_TRUNCATE)
+            cropped = ndimage.gaussian_filter(cropped, sigma, mode="nearest", radius=[_radius(s) for s in sigma])
         out: NDArray[np.float32] = ndimage.affine_transform(
             cropped,
             self.matrix,
@@ -154,7 +154,7 @@ def _axis(n: int, step: float, m: int) -> _Axis:
     if sigma := _sigma(step):
         # Filtering unit impulses gives the filter's matrix, repetition of the edge voxel included.
         impulses = np.eye(last - first)
-        weights = weights @ ndimage.gaussian_filter1d(impulses, sigma, axis=0, mode="nearest", truncate=_TRUNCATE)
+        weights = weights @ ndimage.gaussian_filter1d(impulses, sigma, axis=0, mode="nearest", radius=_radius(sigma))
     inside = _in_view(index, n)
     return _Axis(first=first, last=last, weights=_frozen(weights.astype(np.float32)), inside=_frozen(inside))
 
@@ -168,6 +168,11 @@ def _frozen(shared: NDArray[_Number]) -> NDArray[_Number]:
 def _sigma(step: float) -> float:
     """A Gaussian of (step - 1) / 2 voxels removes what the coarser grid cannot show."""
     return max(step - 1.0, 0.0) / 2.0
+
+
+def _radius(sigma: float) -> int:
+    """Voxels after which the Gaussian is cut, as scipy counts them, but the same for steps that differ by rounding."""
+    return int(_TRUNCATE * sigma + 0.5 + _ALIGNED)
 
 
 def _in_view(index: NDArray[np.float64], n: int) -> NDArray[np.bool_]:

@@ -109,7 +109,14 @@ def _white_box(
             "--generator names weights, and only a study says what they mean; nothing was scored. Give --study."
         )
     else:
-        network = generator_from(study, read_weights(path))
+        weights = read_weights(path)
+        try:
+            network = generator_from(study, weights)
+        except ValueError as other:
+            raise UsageError(
+                f"{path.name} holds no generator of --study: {other}; nothing was scored. Give the study that the "
+                "generator was trained in."
+            ) from other
     start = warm_start(study, derive(0, "audit synthetic start"), observer).generator
     return study, WhiteBox(
         generator=network, start=generator_from(study, start), weights_digest=weights_of(network).digest

@@ -34,7 +34,7 @@ from common.attacks.near_copy import NearCopy
 from common.attacks.patient import PatientScore, count, in_parallel, score_patient
 from common.attacks.suite import Material, Suite, build_suite, build_suite_alone
 from common.attacks.templates import pool
-from common.errors import DataError
+from common.errors import DataError, UsageError
 from common.generator.sampling import LatentToPairs
 from common.measure.audit_plan import (
     SCORE_VERSION,
@@ -85,7 +85,7 @@ def audit_folders(
 ) -> FolderAudit:
     """Audit `folders.synthetic`, and the generator where there is one. A pure function of its arguments.
 
-    Raises DataError for fewer synthetic volumes than 16.
+    Raises DataError for fewer synthetic volumes than 16, UsageError for a generator of other pairs than the folders'.
     """
     if len(folders.synthetic.scans) < FEWEST_VOLUMES:
         raise DataError(
@@ -190,6 +190,12 @@ def _suite(folders: Folders, plan: AuditPlan, white_box: WhiteBox | None) -> tup
         seed = derive(0, "audit synthetic", plan.study)
         drawn = plan.volumes - len(scans)
         candidate = Material.drawn(white_box.generator, seed=seed, count=drawn, fresh=fresh)
+        if candidate.fresh.shape[1:] != held.shape[1:]:
+            raise UsageError(
+                f"the generator makes pairs of shape {tuple(candidate.fresh.shape[1:])}, the folders give "
+                f"{tuple(held.shape[1:])} (image and label maps, voxels); nothing was scored. Give its own study and a "
+                "label map beside every scan, or leave --generator out."
+            )
         # The generator's own volumes first: the inversion's start is fitted to them and their latents.
         candidate = replace(candidate, pooled=torch.cat([candidate.pooled, pooled]))
         start = Material.drawn(white_box.start, seed=seed, count=plan.reference_volumes, fresh=fresh)

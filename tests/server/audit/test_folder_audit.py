@@ -14,16 +14,20 @@ from common.attacks.near_copy import NearCopy
 from common.attacks.nearest import Nearest
 from common.attacks.templates import pool
 from common.cli import run
-from common.errors import DataError
+from common.errors import DataError, UsageError
+from common.generator.network import PairGenerator, build_generator, save_weights, weights_of
 from common.measure.audit_plan import AuditPlan, Endpoint, Group
+from common.settings.load import study_json
 from common.settings.study import AttackName, Question
 from common.telemetry.events import ignore
 from common.volume.nifti import write_nifti
 from common.volume.volume import Grid, Volume
-from server.audit.folder_audit import FolderAudit, audit_folders, folder_plan
+from server.audit.folder_audit import FolderAudit, WhiteBox, audit_folders, folder_plan
 from server.audit.folders import Folders, Scan, ScanFolder, Unread, read_folders
 from server.audit.result import AuditResult, Verdict
 from tests.common.attacks.disguises import disguised
+from tests.common.attacks.memoriser import Memoriser, phantoms
+from tests.tiny_studies import tiny_study
 
 DATA = Path(os.environ.get("CONSILIUM_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 HIPPOCAMPUS = DATA / "segmentation" / "msd_task04_hippocampus"
@@ -173,6 +177,13 @@ def test_answers_are_exact_counts_of_patients_and_scans_of_one_patient_count_onc
 def test_the_same_name_in_both_folders_is_two_patients():
     result = audit(dataclasses.replace(SMALL, nonmembers=folder("m", people(2, 20)))).result
     assert (result.members, result.nonmembers) == (20, 20)
+
+
+def test_a_generator_of_other_pairs_than_the_folders_hold_is_refused():
+    network = PairGenerator(shape=(SIDE,) * 3, labels=2, latent_size=4, width=8)
+    box = WhiteBox(generator=network, start=network, weights_digest="w")
+    with pytest.raises(UsageError, match=r"\(3, 16, 16, 16\), the folders give \(1, 16, 16, 16\).*nothing was scored"):
+        audit_folders(SMALL, study=tiny_study(), white_box=box, observer=ignore)
 
 
 def test_the_same_folders_give_the_same_result():
@@ -356,7 +367,47 @@ def test_an_inconclusive_audit_ends_with_one_and_wrong_usage_with_two(tmp_path, 
     assert "Give --study" in capsys.readouterr().err
 
 
+def test_weights_that_are_no_generator_of_the_study_are_refused_each_with_its_reason(tmp_path, capsys):
+    study, weights = tmp_path / "study.yaml", tmp_path / "weights.safetensors"
+    study.write_text(study_json(tiny_study()))
+    given = [*arguments(tmp_path, people(3, 16)), "--study", str(study), "--generator", str(weights)]
+    save_weights(weights, weights_of(build_generator(tiny_study(training={"generator_width": 16}))))
+    assert command(*given) == 2
+    assert "holds no generator of --study" in capsys.readouterr().err
+    save_weights(weights, weights_of(build_generator(tiny_study())))
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-5] + bytes([good[-5] ^ 1]) + good[-4:])
+    assert command(*given) == 4
+    assert "does not match its own digest" in capsys.readouterr().err
+    weights.write_bytes(good[:-4] + np.float32("nan").tobytes())
+    assert command(*given) == 4
+    assert "not readable as weights" in capsys.readouterr().err
+
+
 # At length
+
+
+@pytest.mark.slow
+def test_a_generator_that_hides_its_members_from_sampling_fails_by_its_weights():
+    """The synthetic folder shows nobody; only the inversion of the weights does."""
+    drawn = phantoms(172)
+    members, nonmembers, public, start, synthetic = np.split(drawn, [20, 40, 84, 128])[:5]
+    given = folders(*(pairs.astype(np.float16) for pairs in (members, nonmembers, synthetic)))
+    study = tiny_study(audit={"inversion_steps": 5})
+
+    def network(faces: np.ndarray, remembered: np.ndarray) -> Memoriser:
+        return Memoriser(torch.from_numpy(faces), torch.from_numpy(remembered), latent_size=12, reach=0.8)
+
+    box = WhiteBox(generator=network(public, members), start=network(start, members[:0]), weights_digest="w")
+    found = audit_folders(
+        dataclasses.replace(given, labels={1: "anterior", 2: "posterior"}), study=study, white_box=box, observer=ignore
+    ).result
+    by_name = {endpoint.name: endpoint for endpoint in found.endpoints}
+    assert found.verdict is Verdict.FAIL
+    assert found.weights_digest == "w"
+    assert any(reason.startswith("inversion: members stand out as copies") for reason in found.reasons)
+    assert by_name[Endpoint.NEAR_COPY].auc_lower.value < 0.5
+    assert by_name[Endpoint.INVERSION].auc_lower.value > 0.7
 
 
 @pytest.mark.slow
