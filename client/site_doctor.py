@@ -118,13 +118,13 @@ def secrets(folder: Path, site: SiteSettings) -> Iterator[Finding]:
 
 def membership(folder: Path, welcome: Welcome | ConsiliumError | None, now: datetime) -> Iterator[Finding]:
     """The node key, and what the coordinator sent."""
+    key = None
     try:
-        key = load_node_key(folder / NODE_KEY)
+        key = load_node_key(folder / NODE_KEY).public_key()
     except ConsiliumError as error:
-        key = None
         yield _problem("node key", "cannot be used", str(error))
     else:
-        yield _ok("node key", grouped(fingerprint(key.public_key())))
+        yield _ok("node key", grouped(fingerprint(key)))
     if welcome is None:
         remedy = "send identity/request.pem to the coordinator, then `consilium site join` with its answer"
         yield _warning("federation", "not joined yet", remedy)
@@ -132,7 +132,7 @@ def membership(folder: Path, welcome: Welcome | ConsiliumError | None, now: date
     if isinstance(welcome, ConsiliumError):
         yield _problem("federation", f"{WELCOME} does not hold", str(welcome))
         return
-    if key is not None and welcome.certificate.public_key() != key.public_key():
+    if key is not None and welcome.certificate.public_key() != key:
         yield _problem("federation", "the certificate is not of this node key", "enrol this key, and join again")
     else:
         yield _ok("federation", f"{welcome.federation} at {welcome.address}, as {welcome.site}")

@@ -150,7 +150,7 @@ class GridSites:
 
     def _vouched(self) -> Iterable[NodeInfo]:
         """Connected nodes, without those that come with another key than their name has."""
-        nodes = self._grid.get_nodes()
+        nodes: Iterable[NodeInfo] = self._grid.get_nodes()
         if self._keys is None:
             return nodes
         keys = self._keys()

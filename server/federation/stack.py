@@ -35,7 +35,7 @@ from server.federation.network_run import FOLDER_VARIABLE, RunWatch
 SUPERLINK: Final = "superlink"
 SUPEREXEC: Final = "superexec"
 GATEWAY: Final = "gateway"
-_START_S: Final = 60.0
+_START_S: Final = 180.0
 _LOOK_S: Final = 0.5
 _RUNS_EVERY_S: Final = 2.0
 _RESTART_S: Final = 1.0

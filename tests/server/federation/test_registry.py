@@ -151,7 +151,7 @@ def test_a_lost_or_old_revocation_list_is_due(folder, registry):
 def test_a_crash_between_certificate_and_registry_is_seen_before_a_welcome_is_sealed(folder, registry):
     site = registry.enrol(site_request("site-a"), now=NOW, days=365)
     registry.renew("site-a", now=NOW, days=365)
-    with pytest.raises(IntegrityError, match="renew .* --site site-a"):
+    with pytest.raises(IntegrityError, match=r"renew .* --site site-a"):
         seal_welcome(folder, site, app_digest="a" * 64)  # the registry as it was before the renewal
     seal_welcome(folder, registry.renew("site-a", now=NOW, days=365), app_digest="a" * 64)
 
