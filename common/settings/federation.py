@@ -52,7 +52,7 @@ class FederationSettings(Settings):
     and 127.0.0.1. certificate_days: life of a certificate and of a revocation list, in days.
     superlink_port, superlink_health_port, exporter_port (Prometheus), coordinator_health_port: on 127.0.0.1.
     nginx: program, a path or a name to look up. body_cap_mib: largest request body, in MiB; a generator must fit.
-    requests_per_second, burst: what the gateway lets one address ask for before it answers 503 (a SuperNode ends after a 429).
+    requests_per_second, burst: what the gateway lets one address ask for before it answers 503.
     """
 
     version: Annotated[int, Field(ge=SETTINGS_VERSION, le=SETTINGS_VERSION)] = SETTINGS_VERSION
