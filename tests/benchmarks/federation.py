@@ -63,8 +63,9 @@ def run(options: Options) -> list[Row]:
     phases, sites, rounds = (1, 4, 4) if options.quick else (PHASES, SITES, ROUNDS)
     with TemporaryDirectory(prefix="consilium-bench-") as folder:
         seconds = phase_seconds(Path(folder), phases + 1)
+    rows = phase_rows(seconds)
     memory = resident(options, sites, rounds)
-    return [*phase_rows(seconds), *memory_rows(memory["resident"], memory["parameters"], sites)]
+    return [*rows, *memory_rows(memory["resident"], memory["parameters"], sites)]
 
 
 # --- phases -----------------------------------------------------------------------------------------------------------
