@@ -42,7 +42,9 @@ WORKER = FRAME + (
     "while True:\n"
     "    order = take()\n"
     "    number += 1\n"
-    "    open(f'{folder}/order-{number}', 'wb').write(order)\n"
+    "    with open(f'{folder}/new', 'wb') as file:\n"
+    "        file.write(order)\n"
+    "    os.rename(f'{folder}/new', f'{folder}/order-{number}')\n"
     "    time.sleep(float(open(f'{folder}/seconds').read()))\n"
     "    send(open(f'{folder}/answer', 'rb').read())\n"
 )
