@@ -18,6 +18,7 @@ LEAVES_BY: Final = "127.0.0.2"
 _LONGEST_HEAD: Final = 8192
 _PART: Final = 65536
 _LOOK_S: Final = 0.1
+_PATIENCE_S: Final = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +95,16 @@ class ConnectProxy:
     def _serve(self, hospital: socket.socket) -> None:
         with hospital:
             try:
-                hospital.settimeout(5)
+                hospital.settimeout(_PATIENCE_S)
                 target = _asked(hospital)
                 if target != self._allowed or self._cut.is_set():
                     self.refused.append(target)
                     hospital.sendall(b"HTTP/1.1 503 Service Unavailable\r\n\r\n")
                     return
                 host, _, port = target.rpartition(":")
-                with socket.create_connection((host, int(port)), timeout=5, source_address=(LEAVES_BY, 0)) as gateway:
+                with socket.create_connection(
+                    (host, int(port)), timeout=_PATIENCE_S, source_address=(LEAVES_BY, 0)
+                ) as gateway:
                     hospital.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
                     tunnel = Tunnel(target=target)
                     self.tunnels.append(tunnel)
@@ -125,7 +128,9 @@ class ConnectProxy:
         while not (self._closed.is_set() or self._cut.is_set()):
             waiting = [end for end in (hospital, gateway) if isinstance(end, ssl.SSLSocket) and end.pending()]
             for end in waiting or select.select([hospital, gateway], [], [], _LOOK_S)[0]:
-                data = end.recv(_PART)
+                data = _read(end)
+                if data is None:
+                    continue
                 if not data:
                     return
                 if end is hospital:
@@ -136,6 +141,17 @@ class ConnectProxy:
                 else:
                     tunnel.down += len(data)
                     hospital.sendall(data)
+
+
+def _read(end: socket.socket) -> bytes | None:
+    """What is there; empty at the end; None when it was nothing for us, such as a session ticket of TLS 1.3."""
+    end.setblocking(False)
+    try:
+        return end.recv(_PART)
+    except (BlockingIOError, ssl.SSLWantReadError):
+        return None
+    finally:
+        end.settimeout(_PATIENCE_S)
 
 
 def _asked(hospital: socket.socket) -> str:

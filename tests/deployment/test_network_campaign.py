@@ -71,7 +71,8 @@ def test_a_connected_site_that_the_run_does_not_name_is_never_asked(finished: Ca
 
 
 def test_a_site_behind_a_proxy_reaches_the_gateway_through_it_and_nobody_else(finished: Campaign):
-    requests = [json.loads(line) for line in (finished.network.folder.log / "gateway-access.log").open()]
+    log = finished.network.folder.log / "gateway-access.log"
+    requests = [json.loads(line) for line in log.read_text().splitlines()]
     through = [r for r in requests if r["address"] == LEAVES_BY]
     assert {r["status"] for r in through} == {200}
     assert any(r["path"].endswith("push-object") for r in through)
