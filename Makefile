@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/demo
+DEPLOY_OUT ?= runs/deploy-demo
 DEMO ?=
 ONLY ?=
 # A process a core, each with one thread: two threads in one process wait for each other.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test check lint bench format lock clean help
+.PHONY: demo deploy-demo test check lint bench format lock clean help
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -22,6 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Three simulated hospitals, phantoms, to a verified release in OUT (default runs/demo)
 	$(BIN)/consilium simulate deploy/studies/demo.yaml --out $(OUT) $(DEMO)
 	$(BIN)/consilium verify $(OUT)/release
+
+deploy-demo: $(STAMP) ## A coordinator with its gateway and two hospitals as processes, killed and resumed, in runs/deploy-demo
+	$(BIN)/python deploy/demo/run.py --out $(DEPLOY_OUT) $(DEMO)
 
 test: $(STAMP) ## All tests
 	$(TESTS)

@@ -103,12 +103,7 @@ class Budget:
 
     def cap(self, study: Study | None) -> Cap:
         """The tighter of the site's cap and the study's; the site's alone for a study that cannot be read any more."""
-        privacy = None if study is None else study.privacy
-        return Cap(
-            epsilon=min(self._policy.epsilon_cap, privacy.epsilon_cap if privacy else math.inf),
-            delta=privacy.delta if privacy else self._policy.delta_cap,
-            research=self._policy.research_answers,
-        )
+        return cap_of(self._policy, study)
 
     def _key(self) -> bytes:
         """The site's secret: from the operating system, or in simulation from the seed."""
@@ -116,6 +111,16 @@ class Budget:
         if seed is not None:
             return SecureStream.from_seed(seed, self._settings.site, "ledger").bytes(LEDGER_KEY_BYTES)
         return self._store.ledger_key(SecureStream.from_entropy().bytes(LEDGER_KEY_BYTES))
+
+
+def cap_of(policy: SitePolicy, study: Study | None) -> Cap:
+    """What `Budget.cap` returns, for whoever only asks."""
+    privacy = None if study is None else study.privacy
+    return Cap(
+        epsilon=min(policy.epsilon_cap, privacy.epsilon_cap if privacy else math.inf),
+        delta=privacy.delta if privacy else policy.delta_cap,
+        research=policy.research_answers,
+    )
 
 
 class _Reserved:

@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, assert_never
 
 from client.budget import Budget
 from client.orders import study_of
-from client.site import LEDGER_FILE, POLICY_FILE, utc_now
+from client.site_folder import LEDGER_FILE, POLICY_FILE
 from client.store import SiteStore
 from common.errors import IntegrityError, LedgerError, UsageError
 from common.measure.audit_plan import make_plan
@@ -106,7 +107,7 @@ def read_report(site_file: Path, *, what_if: Path | None, verify: bool, noted: L
                 f"the ledger {path} is missing, and this site has spent from it: restore the newest copy."
             )
         raise UsageError(f"{settings.site} has no ledger yet ({path}): it has spent nothing.")
-    budget = Budget(settings, policy, store, ledger_file=path, now=utc_now)
+    budget = Budget(settings, policy, store, ledger_file=path, now=lambda: datetime.now(UTC))
     ledger = budget.ledger if budget.has_key else Ledger(path)  # without the key: read, not bound to this site
     studies = _readable_studies(store)
     with ledger.held():
@@ -165,18 +166,19 @@ def budgets(ledger: Ledger, cap_of: Callable[[str], Cap]) -> tuple[CohortBudget,
     return tuple(result)
 
 
-def what_if_of(ledger: Ledger, study: Study, cap: Cap) -> WhatIf:
+def what_if_of(ledger: Ledger | None, study: Study, cap: Cap) -> WhatIf:
     """What the study's whole plan would cost here: warm-up, training, audit and utility answers.
 
     Of a study that has begun, only what is still to come is added: what a crash charged twice stays charged twice.
-    Raises SettingsError when the plan's target cannot be met.
+    ledger: None at a site that has spent nothing. Raises SettingsError when the plan's target cannot be met.
     """
     digest = study_digest(study)
     result, above = [], {}
     for cohort, planned in planned_charges(study).items():
-        charged = Counter((e.key, e.mechanism) for e in ledger.entries(digest, cohort) if e.counts)
-        to_come = Counter(planned) - charged
-        mechanisms = [*ledger.spent_by(cohort, digest), *(mechanism for _, mechanism in to_come.elements())]
+        entries = () if ledger is None else ledger.entries(digest, cohort)
+        spent = [] if ledger is None else ledger.spent_by(cohort, digest)
+        to_come = Counter(planned) - Counter((e.key, e.mechanism) for e in entries if e.counts)
+        mechanisms = [*spent, *(mechanism for _, mechanism in to_come.elements())]
         result.append(_budget(digest, cohort, mechanisms, cap, last=None))
         would = above_cap(mechanisms, cap)
         if would is not None:

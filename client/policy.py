@@ -30,15 +30,25 @@ from common.settings.site import SitePolicy
 from common.settings.study import Study
 
 
-def check(order: Order, *, policy: SitePolicy, study: Study, now: datetime, simulated: bool) -> None:
+def check(
+    order: Order,
+    *,
+    policy: SitePolicy,
+    study: Study,
+    coordinator_key: str,
+    code: str,
+    now: datetime,
+    simulated: bool,
+) -> None:
     """Raise PolicyRefusal, listing every objection, unless the policy allows the order.
 
-    study: the enrolled study, or the one that an EnrolOrder brings, already matched with its digest.
-    now: aware time. simulated: whether this site's randomness is seeded.
+    study, coordinator_key: as enrolled, or as an EnrolOrder brings them; the study is already matched with its digest.
+    code: digest of the code in this process. now: aware time. simulated: whether this site's randomness is seeded.
     """
     objections = [
         *_site_objections(order, policy, now, simulated),
-        *_study_objections(policy, study),
+        *approval_objections(policy, order.study_digest, coordinator_key, code),
+        *study_objections(policy, study),
         *_order_objections(order, policy, study),
     ]
     if objections:
@@ -55,13 +65,26 @@ def _site_objections(order: Order, policy: SitePolicy, now: datetime, simulated:
         yield f"the policy expired on {policy.expires.isoformat()}"
     if order_kind(order) not in policy.orders:
         yield f"`orders` does not name {order_kind(order).value!r}"
-    if order.study_digest not in policy.studies:
-        yield f"`studies` does not name {order.study_digest[:16]}"
     if simulated and not policy.simulation:
         yield "the site's randomness is seeded and `simulation` is not set"
 
 
-def _study_objections(policy: SitePolicy, study: Study) -> Iterator[str]:
+def approval_objections(policy: SitePolicy, study_digest: str, coordinator_key: str, code: str) -> Iterator[str]:
+    """What an approval fixes to the letter: the study, whose it is, and the code that may look at patients for it."""
+    approval = policy.approval(study_digest)
+    if approval is None:
+        yield f"`studies` does not name {study_digest[:16]}"
+    elif approval.coordinator_key != coordinator_key:
+        yield (
+            f"{study_digest[:16]} is approved for the coordinator key {approval.coordinator_key[:16]}, "
+            f"not for {coordinator_key[:16]}"
+        )
+    if code not in policy.code_digests:
+        yield f"`code_digests` does not name the installed code {code[:16]}"
+
+
+def study_objections(policy: SitePolicy, study: Study) -> Iterator[str]:
+    """What the policy's bounds say against a study, approved or not."""
     privacy, training = study.privacy, study.training
     if study.purpose not in policy.purposes:
         yield "`purposes` does not name the study's purpose"
@@ -72,6 +95,8 @@ def _study_objections(policy: SitePolicy, study: Study) -> Iterator[str]:
             yield "the study trains without noise and `research_answers` is not set"
     elif privacy.target_epsilon > policy.epsilon_cap:
         yield f"target epsilon {privacy.target_epsilon:g} is above `epsilon_cap` {policy.epsilon_cap:g}"
+    if training.rounds > policy.maximum_rounds:
+        yield f"{training.rounds} rounds are above `maximum_rounds` {policy.maximum_rounds}"
     steps = training.rounds * training.critic_steps_per_round
     if steps > policy.maximum_steps:
         yield f"{steps} steps are above `maximum_steps` {policy.maximum_steps}"
@@ -80,9 +105,9 @@ def _study_objections(policy: SitePolicy, study: Study) -> Iterator[str]:
 def _order_objections(order: Order, policy: SitePolicy, study: Study) -> Iterator[str]:
     match order:
         case WarmUpOrder():
-            yield from _plan_objections(order.plan, policy, study)
+            yield from plan_objections(order.plan, policy, study)
         case TrainOrder():
-            yield from _plan_objections(order.plan, policy, study)
+            yield from plan_objections(order.plan, policy, study)
             if not 1 <= order.round <= order.plan.rounds:
                 yield f"round {order.round} is not one of 1..{order.plan.rounds}"
         case UtilityOrder():
@@ -96,7 +121,7 @@ def _order_objections(order: Order, policy: SitePolicy, study: Study) -> Iterato
             assert_never(order)
 
 
-def _plan_objections(plan: Plan, policy: SitePolicy, study: Study) -> Iterator[str]:
+def plan_objections(plan: Plan, policy: SitePolicy, study: Study) -> Iterator[str]:
     """Compare the plan with the approved study where the study fixes it, and with the policy where it does not."""
     mechanism = plan.mechanism
     if plan_facts(plan) != study_facts(study):

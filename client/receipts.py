@@ -28,17 +28,20 @@ _KINDS: Final[dict[type, Literal["warm-up", "train", "score", "utility"]]] = {
 }
 
 
-def answered(order: PaidOrder, reply: Reply) -> Answered:
-    """The digests of one answer. Nothing of the answer itself is in them, and it has left when they do."""
-    kind, question, answer = _KINDS[type(order)], codec.digest(order), codec.digest(reply)
+def answered(order: PaidOrder, reply: Reply, policy: str) -> Answered:
+    """The digests of one answer. Nothing of the answer itself is in them, and it has left when they do.
+
+    policy: digest of the policy that allowed it.
+    """
+    bare = Answered(kind=_KINDS[type(order)], question=codec.digest(order), answer=codec.digest(reply), policy=policy)
     match order:
         case TrainOrder():
             weights = reply.weights_digest if isinstance(reply, TrainReply) else None
-            return Answered(kind=kind, question=question, answer=answer, round=order.round, weights=weights)
+            return bare.model_copy(update={"round": order.round, "weights": weights})
         case ScoreOrder(weights_digest=weights, audit_plan_digest=plan):
-            return Answered(kind=kind, question=question, answer=answer, weights=weights, plan=plan)
+            return bare.model_copy(update={"weights": weights, "plan": plan})
         case WarmUpOrder() | UtilityOrder():
-            return Answered(kind=kind, question=question, answer=answer)
+            return bare
         case _:
             assert_never(order)
 

@@ -40,7 +40,6 @@ from torch import Tensor
 
 from client.budget import Budget
 from client.cohort import Cohort, draw_holdout
-from client.installed import code_digest
 from client.orders import (
     FreeOrder,
     OrderRefused,
@@ -62,6 +61,7 @@ from client.training.compute import Compute
 from client.work import SiteWork, Task
 from common.evidence.receipt import sign_receipt
 from common.evidence.signing import public_key_hex
+from common.installed import code_digest
 from common.privacy.ledger_rows import Cohort as LedgerCohort
 from common.protocol import codec
 from common.protocol.manifest import Shapes, objections
@@ -88,6 +88,7 @@ from common.protocol.messages import (
 from common.settings.site import SitePolicy, SiteSettings, load_policy, load_site
 from common.settings.study import Study
 from common.telemetry.events import Observer, ignore
+from common.telemetry.logs import reason_of
 
 POLICY_FILE = "policy.yaml"
 LEDGER_FILE = "ledger.sqlite"
@@ -110,6 +111,16 @@ class _Enrolled:
     def shapes(self) -> Shapes:
         """Agreed names and shapes of the generator."""
         return self.order.public_generator.shapes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Answer:
+    """What steps (1) to (8) end with. shapes, labels: for the manifest. policy: digest of what allowed it."""
+
+    reply: Reply
+    shapes: Shapes
+    labels: int
+    policy: str
 
 
 class Site:
@@ -160,10 +171,11 @@ class Site:
         """
         try:
             with self._store.lock():
-                reply, shapes, labels = self._answer(order)
-                found = objections(reply, order=order, shapes=shapes, labels=labels)  # (9)
+                answer = self._answer(order)
+                reply = answer.reply
+                found = objections(reply, order=order, shapes=answer.shapes, labels=answer.labels)  # (9)
                 if not found:
-                    self._note_left(order, reply)  # (10)
+                    self._note_left(order, answer)  # (10)
             if found:
                 self._log("reply kept back", order, code=RefusalCode.INTERNAL, detail="; ".join(found))
                 reply = RefusalReply(code=RefusalCode.INTERNAL)
@@ -171,38 +183,56 @@ class Site:
                 self._log("answered", order)
         except Exception as error:  # noqa: BLE001  # the one boundary of this process: no text, no path may leave
             code = refusal_code(error)
-            self._log("refused", order, code=code, detail=str(error), trace=code is RefusalCode.INTERNAL)
+            self._log("refused", order, code=code, detail=reason_of(error), trace=code is RefusalCode.INTERNAL)
             return RefusalReply(code=code)
         else:
             return reply
 
-    def _answer(self, order: Order) -> tuple[Reply, Shapes, int]:
-        """Steps (1) to (8), and what the manifest needs to know for (9)."""
+    def _answer(self, order: Order) -> _Answer:
+        """Steps (1) to (8), and what is needed for (9) and (10)."""
         if self._store.paused:  # (1)
             raise OrderRefused(RefusalCode.PAUSED, "the site is paused; nothing was done. Remove the file `paused`.")
         if isinstance(order, EnrolOrder):
             study = study_of(order)
-            self._check_policy(order, study)
-            return self._enrol(order, study), order.public_generator.shapes, len(study.labels)
+            self._check_policy(order, study, order.coordinator_key)
+            return _Answer(
+                reply=self._enrol(order, study),
+                shapes=order.public_generator.shapes,
+                labels=len(study.labels),
+                policy=self._policy_digest(order.study_digest, study),
+            )
         enrolled = self._enrolled(order.study_digest)
-        self._check_policy(order, enrolled.study)
+        self._check_policy(order, enrolled.study, enrolled.order.coordinator_key)
         with self._budget.ledger.held():
             self._budget.check_witness(order, enrolled.store, enrolled.order.coordinator_key)  # (3)
-            return self._answer_enrolled(order, enrolled), enrolled.shapes, len(enrolled.study.labels)
+            return _Answer(
+                reply=self._answer_enrolled(order, enrolled),
+                shapes=enrolled.shapes,
+                labels=len(enrolled.study.labels),
+                policy=self._policy_digest(order.study_digest, enrolled.study),
+            )
 
     def _answer_enrolled(self, order: PaidOrder | FreeOrder, enrolled: _Enrolled) -> Reply:
         match order:
             case CanaryOrder():
                 return self._guess(order, enrolled)
             case StatementOrder():
-                return self._state(order, enrolled.store)
+                return self._state(order, enrolled)
             case WarmUpOrder() | TrainOrder() | ScoreOrder() | UtilityOrder():
                 return self._answer_once(order, enrolled)
             case _:
                 assert_never(order)
 
-    def _check_policy(self, order: Order, study: Study) -> None:
-        check(order, policy=self._policy, study=study, now=self._now(), simulated=self.simulated)  # (2)
+    def _check_policy(self, order: Order, study: Study, coordinator_key: str) -> None:
+        check(  # (2)
+            order,
+            policy=self._policy,
+            study=study,
+            coordinator_key=coordinator_key,
+            code=code_digest(),
+            now=self._now(),
+            simulated=self.simulated,
+        )
 
     def _enrolled(self, digest: str) -> _Enrolled:
         store = self._store.study(digest)
@@ -226,18 +256,21 @@ class Site:
                 "Resume the campaign that it joined, or start a study of another name.",
             )
         self._receipt_key(fresh=SecureStream.from_entropy().bytes(RECEIPT_KEY_BYTES))
-        return self._joined(order.study_digest, store)
+        return self._joined(order.study_digest, study, store)
 
-    def _joined(self, study_digest: str, store: StudyStore) -> EnrolReply:
+    def _joined(self, study_digest: str, study: Study, store: StudyStore) -> EnrolReply:
         """Return the public facts of this site in a study, as they are now."""
         return EnrolReply(
             study_digest=study_digest,
             holdout_commitment=store.cohort_identity().commitment,
-            policy_digest=self._policy.digest,
+            policy_digest=self._policy_digest(study_digest, study),
             code_digest=code_digest(),
             simulated=self.simulated,
             receipt_key=public_key_hex(self._receipt_key().public_key()),
         )
+
+    def _policy_digest(self, study_digest: str, study: Study) -> str:
+        return self._policy.concerning(study_digest, study.purpose).digest
 
     def _receipt_key(self, fresh: bytes | None = None) -> Ed25519PrivateKey:
         """Return the key of this site's receipts: kept from `fresh` on, or in simulation from the seed."""
@@ -380,7 +413,7 @@ class Site:
             ledger_head=self._budget.ledger.head,
         )
 
-    def _state(self, order: StatementOrder, store: StudyStore) -> StatementReply:
+    def _state(self, order: StatementOrder, enrolled: _Enrolled) -> StatementReply:
         """State what the study has spent, and sign it. Free and always fresh: the ledger holds no patient's data."""
         statement = StatementReply(
             study_digest=order.study_digest,
@@ -388,16 +421,17 @@ class Site:
             nonmembers=self._budget.spent(order.study_digest, LedgerCohort.NONMEMBERS),
             ledger_head=self._budget.ledger.head,
         )
-        receipt = receipt_of(self._settings.site, self._joined(order.study_digest, store), statement, store)
+        joined = self._joined(order.study_digest, enrolled.study, enrolled.store)
+        receipt = receipt_of(self._settings.site, joined, statement, enrolled.store)
         return replace(statement, receipt=sign_receipt(receipt, self._receipt_key()))
 
-    def _note_left(self, order: Order, reply: Reply) -> None:
+    def _note_left(self, order: Order, answer: _Answer) -> None:
         """Note the digests of a reply that cost budget, under the site's lock."""
-        if isinstance(order, EnrolOrder | CanaryOrder | StatementOrder) or isinstance(reply, RefusalReply):
+        if isinstance(order, EnrolOrder | CanaryOrder | StatementOrder) or isinstance(answer.reply, RefusalReply):
             return
         store = self._store.study(order.study_digest)
         if store is not None:
-            store.note_left(order, answered(order, reply))
+            store.note_left(order, answered(order, answer.reply, answer.policy))
 
     # --- the site's own log ----------------------------------------------------------------------------
 

@@ -63,6 +63,7 @@ from common.protocol.messages import (
     WarmUpOrder,
     WitnessedHead,
 )
+from common.telemetry.logs import describe_exception, redact
 
 KEPT_STATES = 2
 HOLDOUT_KEY_BYTES = 32
@@ -83,15 +84,28 @@ class SiteStore:
     @property
     def paused(self) -> bool:
         """Whether the hospital has put a file named `paused` here."""
-        return (self.folder / "paused").exists()
+        return self._pause_file.exists()
+
+    def pause(self) -> None:
+        """Answer every order from now on with a refusal that costs nothing. One that is worked on is finished."""
+        if not self.paused:
+            write_atomic(self._pause_file, b"No order is worked on while this file is here.\n", mode=0o600)
+
+    def unpause(self) -> None:
+        """Work on orders again."""
+        self._pause_file.unlink(missing_ok=True)
+
+    @property
+    def _pause_file(self) -> Path:
+        return self.folder / "paused"
 
     def log(self, event: str, facts: Mapping[str, str | int], *, trace: bool = False) -> None:
-        """Add one JSON line to site.log, with the error that is being handled if `trace`."""
+        """Add one JSON line to site.log, with where the error that is being handled came from if `trace`."""
         descriptor = os.open(self.folder / "site.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "a", encoding="utf-8") as stream:
             logger = structlog.wrap_logger(
                 structlog.WriteLogger(stream),
-                processors=[structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
+                processors=[describe_exception, redact, structlog.processors.JSONRenderer()],
             )
             logger.info(event, **facts, exc_info=trace)
 

@@ -82,13 +82,14 @@ def read_patients(settings: SiteSettings, study: Study, observer: Observer) -> M
     Raises DataError when no patient is usable.
     """
     if isinstance(settings.data, PhantomSource):
-        return _draw_phantoms(settings.data, study)
+        return draw_phantoms(settings.data, study)
     ingested = ingest(settings.data, study, part=settings.part, observer=observer)
     write_atomic(Path(settings.state) / INGEST_REPORT, ingested.report.to_json().encode(), mode=0o600)
     return ingested.patients
 
 
-def _draw_phantoms(source: PhantomSource, study: Study) -> dict[str, NDArray[np.float16]]:
+def draw_phantoms(source: PhantomSource, study: Study) -> dict[str, NDArray[np.float16]]:
+    """Draw a simulated site's patients: patient -> (1, 1+K, D, H, W) float16."""
     scanner = site_scanner(source.seed, source.site)
     pairs = draw_pairs(
         source.kind, source.seed, source.patients, scanner, study.grid.as_grid(), study.intensity, study.labels

@@ -8,7 +8,7 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, distributions, requires, version
@@ -51,27 +51,39 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Look whether this machine can run Consilium, and say what to do where it cannot. Exit code 2 on a problem."""
-    findings = list(examine(folder))
+    if show(list(examine(folder)), as_json=as_json) is State.PROBLEM:
+        raise typer.Exit(ExitCode.USAGE)
+
+
+def show(findings: Sequence[Finding], *, as_json: bool) -> State:
+    """Print the findings, as a table or one JSON object; returns the worst state."""
     worst = max((f.state for f in findings), key=list(State).index)
     if as_json:
         typer.echo(json.dumps({"state": worst, "findings": [asdict(f) for f in findings]}, indent=2))
-    else:
-        _show(findings)
-    if worst is State.PROBLEM:
-        raise typer.Exit(ExitCode.USAGE)
+        return worst
+    for finding in findings:
+        colour = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "red"}[finding.state]
+        remedy = f" -> {finding.remedy}" if finding.remedy else ""
+        typer.echo(f"{typer.style(f'{finding.state:<8}', fg=colour)} {finding.name:<15} {finding.value}{remedy}")
+    return worst
 
 
 def examine(folder: Path) -> Iterator[Finding]:
     """Every finding about this machine and about writing to `folder`."""
+    yield from software()
+    yield from machine()
+    yield from disk(folder)
+    yield telemetry(dict(os.environ))
+    yield from optional_tools()
+
+
+def software() -> Iterator[Finding]:
+    """Python and the libraries, against what Consilium requires and was tested with."""
     yield python_version(sys.version_info[:2])
     yield from library_versions()
     constraints = Path(__file__).parents[1] / "constraints.txt"
     if constraints.is_file():  # a checkout; an installed wheel has none
         yield pinned_versions(constraints)
-    yield from machine()
-    yield from disk(folder)
-    yield telemetry(dict(os.environ))
-    yield from optional_tools()
 
 
 def python_version(found: tuple[int, ...]) -> Finding:
@@ -139,8 +151,8 @@ def machine() -> Iterator[Finding]:
     yield Finding(name="torch", state=State.OK, value=f"{torch.__version__} on {device}")
 
 
-def disk(folder: Path) -> Iterator[Finding]:
-    """Free space, and whether files and a ledger can be written durably to `folder`."""
+def disk(folder: Path, *, elsewhere: str = "choose another folder with --out") -> Iterator[Finding]:
+    """Free space, and whether files and a ledger can be written durably to `folder`. elsewhere: where to, if not."""
     existing = next(f for f in (folder.resolve(), *folder.resolve().parents) if f.is_dir())
     free = shutil.disk_usage(existing).free / GIB
     state = State.OK if free >= DISK_WANTED_GIB else State.WARNING if free >= DISK_NEEDED_GIB else State.PROBLEM
@@ -150,7 +162,7 @@ def disk(folder: Path) -> Iterator[Finding]:
         with tempfile.TemporaryDirectory(prefix=".consilium-doctor-", dir=existing) as inside:
             _write_ledger_like(Path(inside))
     except (OSError, sqlite3.Error) as failure:
-        remedy = f"choose another folder with --out; {existing} refuses: {failure}"
+        remedy = f"{elsewhere}; {existing} refuses: {failure}"
         yield Finding(name="writing", state=State.PROBLEM, value="failed", remedy=remedy)
     else:
         yield Finding(name="writing", state=State.OK, value=str(existing))
@@ -200,10 +212,3 @@ def _memory_gib() -> float:
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
     return total / GIB
-
-
-def _show(findings: list[Finding]) -> None:
-    for finding in findings:
-        colour = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "red"}[finding.state]
-        remedy = f" -> {finding.remedy}" if finding.remedy else ""
-        typer.echo(f"{typer.style(f'{finding.state:<8}', fg=colour)} {finding.name:<15} {finding.value}{remedy}")

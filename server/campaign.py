@@ -34,7 +34,6 @@ from common.errors import IntegrityError
 from common.evidence.atomic import write_atomic
 from common.evidence.chain import EvidenceChain
 from common.evidence.predicate import ENROLMENT_RECORD, CohortEpsilon, DecisionFacts, Outcome
-from common.evidence.signing import create_signing_key, load_signing_key
 from common.generator.network import read_weights, save_weights
 from common.measure.audit_plan import AuditPlan
 from common.privacy.calibration import plan_of
@@ -148,7 +147,7 @@ def run_campaign(
     """
     if run.facts.state is RunState.FINISHED or run.release.exists():
         return _finish(run)
-    key = load_signing_key(run.auditor_key) if run.auditor_key.exists() else create_signing_key(run.auditor_key)
+    key = run.signing_key()
     watched = WitnessedSites(sites, study_digest=study_digest(study), key=key, file=run.witness)
     campaign = Campaign(study=study, sites=watched, key=key, run=run, seed=seed, observer=observer, now=now)
     plan = plan_of(study)

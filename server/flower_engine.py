@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,13 +23,13 @@ from pathlib import Path
 from typing import Final, get_args
 
 from common.errors import IntegrityError, Unreachable, UsageError
+from common.processes import stop_process
 from common.telemetry.events import Event, Observer
-from server.components import Component, reference
 from server.failure import raise_recorded
+from server.federation.bundle import manifest
 from server.run_folder import RunFolder
 
 _START_S: Final = 60.0
-_STOP_S: Final = 15.0
 _LOOK_S: Final = 0.5
 _COMPLETED: Final = "finished:completed"
 _SUPERLINK: Final = "simulation"
@@ -107,23 +105,13 @@ def _prepare(run: RunFolder) -> _Workplace:
     place = _Workplace(folder=run.path.resolve() / "flower", port=_free_port())
     for folder in (place.app, place.empty, place.folder / "home"):
         folder.mkdir(parents=True, exist_ok=True)
-    (place.app / "pyproject.toml").write_text(_app_manifest(), encoding="utf-8")
+    (place.app / "pyproject.toml").write_text(manifest(), encoding="utf-8")
     (place.folder / "home" / "config.toml").write_text(
         f'[superlink]\ndefault = "{_SUPERLINK}"\n\n[superlink.{_SUPERLINK}]\n'
         f'address = "127.0.0.1:{place.port}"\ninsecure = true\n',
         encoding="utf-8",
     )
     return place
-
-
-def _app_manifest() -> str:
-    """A bundle without code: two names and the run's settings."""
-    components = "\n".join(f'{component} = "{reference(component)}"' for component in Component)
-    return (
-        '[project]\nname = "consilium-run"\nversion = "1.0.0"\ndescription = "Names the installed apps of Consilium"\n'
-        'license = "Apache-2.0"\ndependencies = []\n\n[tool.flwr.app]\npublisher = "consilium"\n\n'
-        f'[tool.flwr.app.components]\n{components}\n\n[tool.flwr.app.config]\nrun = ""\nsites = ""\n'
-    )
 
 
 def _free_port() -> int:
@@ -149,7 +137,7 @@ def _superlink(place: _Workplace) -> Iterator[None]:
         _wait_until_healthy(place, process)
         yield
     finally:
-        _stop(process)
+        stop_process(process)
 
 
 def _wait_until_healthy(place: _Workplace, process: subprocess.Popen[bytes]) -> None:
@@ -173,7 +161,7 @@ def _run_app(place: _Workplace, run: RunFolder, observer: Observer) -> str:
         *("run", str(place.app), _SUPERLINK, "--stream", "--run-config", settings),
         *("--federation-config", f"num-supernodes={len(run.facts.sites)} client-resources-num-cpus=1"),
     )
-    events = _Tail(run.events)
+    events = Tail(run.events)
     with place.log.open("ab") as log:
         process = subprocess.Popen(  # noqa: S603  # our own environment's command, no shell
             command, cwd=place.empty, env=place.environment, stdout=log, stderr=log
@@ -183,17 +171,17 @@ def _run_app(place: _Workplace, run: RunFolder, observer: Observer) -> str:
             time.sleep(_LOOK_S)
             events.pass_on(observer)
     finally:
-        _stop(process)
+        stop_process(process)
     events.pass_on(observer)
     return _status(place)
 
 
-class _Tail:
-    """What is appended to an events file from now on."""
+class Tail:
+    """What is appended to an events file from now on, or all of it with `from_start`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, from_start: bool = False) -> None:
         self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
+        self._offset = path.stat().st_size if path.exists() and not from_start else 0
 
     def pass_on(self, observer: Observer) -> None:
         """Tell the observer every whole line since the last look."""
@@ -225,44 +213,3 @@ def _status(place: _Workplace) -> str:
         return str(runs[0]["status"])
     except (ValueError, KeyError, IndexError, TypeError):
         return "not started"
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process that we started and everything it started: Flower's children have sessions of their own."""
-    children = _descendants(process.pid)
-    if process.poll() is None:
-        process.terminate()
-    try:
-        process.wait(_STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    end = time.monotonic() + _STOP_S
-    while any(map(_alive, children)) and time.monotonic() < end:
-        time.sleep(0.1)
-    for pid in filter(_alive, children):
-        os.kill(pid, signal.SIGKILL)
-
-
-def _descendants(root: int) -> list[int]:
-    """Process ids below `root`."""
-    ps = shutil.which("ps")
-    if ps is None:
-        return []
-    listing = subprocess.run([ps, "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)  # noqa: S603
-    parents = {int(pid): int(parent) for pid, parent in (line.split() for line in listing.stdout.splitlines())}
-    found, edge = [], {root}
-    while edge:
-        edge = {pid for pid, parent in parents.items() if parent in edge}
-        found.extend(sorted(edge))
-    return found
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return False  # the id belongs to somebody else by now
-    return True

@@ -21,7 +21,7 @@ from typing import Final
 from common.errors import Unreachable
 from common.evidence.canonical import Json
 from common.evidence.chain import EvidenceChain
-from common.evidence.predicate import ROUND_RECORD
+from common.evidence.predicate import ROUND_NOT_HELD_RECORD, ROUND_RECORD
 from common.generator.weights import Weights
 from common.privacy.accounting import epsilon
 from common.privacy.mechanism import Plan
@@ -32,7 +32,6 @@ from server.aggregation import moving_average, screen, update_norm, weighted_mea
 from server.checkpoint import Checkpoint, CheckpointStore, RoundRecord
 from server.sites import NoReply, NoReplyReason, RoundSites
 
-ROUND_NOT_HELD_RECORD: Final = "round-not-held"
 # Three failures in a row are an outage, not a straggler: stop, say so, and let a person resume.
 FAILURES_BEFORE_STOP: Final = 3
 

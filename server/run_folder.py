@@ -16,9 +16,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from common.errors import IntegrityError, UsageError
 from common.evidence.atomic import write_atomic
 from common.evidence.predicate import DecisionFacts, Predicate
+from common.evidence.signing import create_signing_key, load_signing_key
 from common.evidence.verification import DECISION
 from common.settings.load import parse_study, study_digest, study_json
 from common.settings.study import Study
@@ -192,6 +195,11 @@ class RunFolder:
     def auditor_key(self) -> Path:
         """Private signing key of the auditor, readable by its owner only."""
         return self.path / "private" / "auditor.key"
+
+    def signing_key(self) -> Ed25519PrivateKey:
+        """The auditor's key, made at the first call. Raises UsageError or IntegrityError as `load_signing_key` does."""
+        path = self.auditor_key
+        return load_signing_key(path) if path.exists() else create_signing_key(path)
 
     # --- making, opening, closing -------------------------------------------------------------
 

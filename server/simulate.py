@@ -22,6 +22,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity  # private: Message() needs it outside of Flower's processes
 
+from common.evidence.signing import public_key_hex
 from common.privacy.calibration import plan_of
 from common.settings.load import study_digest
 from common.settings.study import Study
@@ -29,7 +30,7 @@ from common.telemetry.events import Observer, ignore
 from server.components import Component, load
 from server.flower_engine import run_under_flower
 from server.run_folder import Engine, RunFacts, RunFolder, RunState
-from server.simulated_sites import Cohorts, plan_sites, write_sites
+from server.simulated_sites import Cohorts, check_sites, plan_sites, write_sites
 
 RUN_ID: Final = 1
 SERVER_NODE_ID: Final = 1
@@ -167,9 +168,12 @@ def simulate(
     )
     run = RunFolder.create_or_resume(out, study, facts)
     with run.locked():
-        write_sites(run, settings, study, plan, now())
-    if run.facts.state is RunState.FINISHED:
-        return run
+        check_sites(run, settings)
+        if run.facts.state is RunState.FINISHED:
+            return run
+        if not run.release.exists():  # after that nothing needs the key, and it may be kept elsewhere
+            key = public_key_hex(run.signing_key().public_key())
+            write_sites(run, settings, study, plan, coordinator_key=key, now=now())
     match engine:
         case Engine.LOCAL:
             run_in_process(run, observer=observer)

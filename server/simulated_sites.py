@@ -10,9 +10,10 @@ from typing import Final
 
 from common.errors import UsageError
 from common.evidence.atomic import write_atomic
+from common.installed import code_digest
 from common.privacy.mechanism import Plan
 from common.settings.load import load_settings, settings_yaml, study_digest
-from common.settings.site import OrderKind, PhantomSource, SitePolicy, SiteSettings
+from common.settings.site import Approval, OrderKind, PhantomSource, SitePolicy, SiteSettings
 from common.settings.study import Study
 from common.volume.layouts import find_pairs
 from server.run_folder import RunFolder
@@ -20,6 +21,7 @@ from server.seeds import derive
 
 DEFAULT_SITES: Final = 3
 _POLICY_DAYS: Final = 365
+_APPROVER: Final = "consilium simulate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,35 +55,53 @@ def plan_sites(study: Study, cohorts: Cohorts, seed: int) -> tuple[SiteSettings,
     return settings
 
 
-def write_sites(run: RunFolder, settings: Sequence[SiteSettings], study: Study, plan: Plan, now: datetime) -> None:
-    """Write what is not there yet: a resumed run keeps its hospitals and their policies to the letter.
-
-    Raises UsageError when a hospital of this run has other patients than `settings` say.
-    """
+def check_sites(run: RunFolder, settings: Sequence[SiteSettings]) -> None:
+    """Raise UsageError when a hospital of this run has other patients than `settings` say."""
     for site in settings:
-        folder = run.sites / site.site
-        folder.mkdir(parents=True, exist_ok=True)
-        site_file, policy_file = folder / "site.yaml", folder / "policy.yaml"
+        site_file = run.sites / site.site / "site.yaml"
         if site_file.exists() and load_settings(site_file, SiteSettings) != site:
             raise UsageError(
                 f"{site.site} of the run in {run.path} has other patients than this command gives it; nothing was "
                 "done. Repeat the command that began the run, or choose a new folder with --out."
             )
+
+
+def write_sites(
+    run: RunFolder, settings: Sequence[SiteSettings], study: Study, plan: Plan, *, coordinator_key: str, now: datetime
+) -> None:
+    """Write what is not there yet: a resumed run keeps its hospitals and their policies to the letter.
+
+    coordinator_key: Ed25519 public key, hex, of the run; the hospitals approve the study for no other.
+    """
+    policy = settings_yaml(_policy(study, plan, coordinator_key, now)).encode()
+    for site in settings:
+        folder = run.sites / site.site
+        folder.mkdir(parents=True, exist_ok=True)
+        site_file, policy_file = folder / "site.yaml", folder / "policy.yaml"
         if not site_file.exists():
             write_atomic(site_file, settings_yaml(site).encode())
         if not policy_file.exists():
-            write_atomic(policy_file, settings_yaml(_policy(study, plan, now)).encode())
+            write_atomic(policy_file, policy)
 
 
-def _policy(study: Study, plan: Plan, now: datetime) -> SitePolicy:
+def _policy(study: Study, plan: Plan, coordinator_key: str, now: datetime) -> SitePolicy:
     """Exactly this study, and nothing that its plan does not need."""
+    approval = Approval(
+        digest=study_digest(study),
+        study=study.study,
+        coordinator_key=coordinator_key,
+        approved_by=_APPROVER,
+        approved_on=now.date(),
+    )
     return SitePolicy(
-        studies=(study_digest(study),),
+        studies=(approval,),
         purposes=(study.purpose,),
         orders=tuple(OrderKind),
+        code_digests=(code_digest(),),
         epsilon_cap=study.privacy.epsilon_cap,
         delta_cap=study.privacy.delta,
         minimum_noise=min(part.noise_multiplier for part in plan.mechanisms),
+        maximum_rounds=plan.rounds,
         maximum_steps=plan.mechanism.steps,
         minimum_patients=study.federation.minimum_patients,
         research_answers=True,  # asked only after the outcome is signed, for comparison; a real site never allows it

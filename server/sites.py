@@ -6,7 +6,8 @@ SuperLink with SuperNodes.
 
 How a node gets its name
 - SuperLink with SuperNodes: the operator registers each node key under a name, the SuperLink vouches
-  for it in `NodeInfo.name`. A connected node whose name the study does not approve is never asked.
+  for it in `NodeInfo.name`. A connected node whose name the study does not approve is never asked, nor one whose key
+  is not the one that the registry of the federation has for that name now (`keys`).
 - Our in-process Grid puts the simulated site's name into the same field.
 - Flower's simulation engine knows no names: it registers its nodes one after the other, partition 0
   first, under random ids. Only for a simulated run (`unnamed_in_order`) the n-th registered node is
@@ -83,6 +84,7 @@ class GridSites:
 
     names: approved sites; other connected nodes are ignored.
     unnamed_in_order: accept nodes without a name, in the order of their registration (simulation only).
+    keys: public key (PEM) that each name must have, asked before every order: who was revoked meanwhile is not there.
     connect_wait_s: how long `ask` waits for addressed sites that are not connected yet.
     """
 
@@ -92,6 +94,7 @@ class GridSites:
         names: tuple[str, ...],
         *,
         unnamed_in_order: bool = False,
+        keys: Callable[[], Mapping[str, bytes]] | None = None,
         connect_wait_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -101,6 +104,7 @@ class GridSites:
         self._grid = grid
         self._names = names
         self._unnamed_in_order = unnamed_in_order
+        self._keys = keys
         self._connect_wait_s = connect_wait_s
         self._clock = clock
         self._sleep = sleep
@@ -138,11 +142,19 @@ class GridSites:
         end = self._clock() + self._connect_wait_s
         pause = _POLL_FIRST_S
         while True:
-            nodes = _node_ids(self._grid.get_nodes(), self._names, self._unnamed_in_order)
+            nodes = _node_ids(self._vouched(), self._names, self._unnamed_in_order)
             if all(name in nodes for name in wanted) or self._clock() >= end:
                 return nodes
             self._sleep(pause)
             pause = min(2 * pause, _POLL_LAST_S)
+
+    def _vouched(self) -> Iterable[NodeInfo]:
+        """Connected nodes, without those that come with another key than their name has."""
+        nodes: Iterable[NodeInfo] = self._grid.get_nodes()
+        if self._keys is None:
+            return nodes
+        keys = self._keys()
+        return [node for node in nodes if keys.get(node.name) == node.public_key]
 
     def _send(
         self,

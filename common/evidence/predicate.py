@@ -17,6 +17,7 @@ PREDICATE_TYPE = "urn:consilium:release-decision:v2"
 # Kinds of evidence records that a verifier reads.
 ENROLMENT_RECORD = "enrolment"
 ROUND_RECORD = "round"
+ROUND_NOT_HELD_RECORD = "round-not-held"
 PLAN_RECORD = "audit-plan"
 QUESTION_RECORD = "audit-question"
 ANSWERS_RECORD = "audit-answers"

@@ -32,7 +32,7 @@ class Answered(Fact):
     """One reply that has left the site, by digests alone.
 
     question, answer: of order and reply as the protocol identifies them. weights: the generator that came out of
-    training, or that was scored. plan: the audit plan that was answered.
+    training, or that was scored. plan: the audit plan that was answered. policy: of the hospital, as it allowed this.
     """
 
     kind: Literal["warm-up", "train", "score", "utility"]
@@ -41,6 +41,7 @@ class Answered(Fact):
     round: _Count | None = None
     weights: Digest | None = None
     plan: Digest | None = None
+    policy: Digest | None = None
 
 
 class Receipt(Fact):
@@ -120,6 +121,8 @@ def contradictions(receipt: Receipt, stated: Stated) -> Iterator[str]:
     for field, what in _SAME.items():
         if getattr(receipt, field) != getattr(stated, field):
             yield f"the receipt names {what} than the site's replies"
+    if any(a.policy not in (None, receipt.policy_digest) for a in receipt.answers):
+        yield "the receipt names answers that another policy allowed"
     made = {(a.round, a.weights) for a in receipt.answers if a.kind == "train"}
     for number, weights in sorted(stated.trained.items()):
         if (number, weights) not in made:

@@ -42,6 +42,7 @@ class Purpose(StrEnum):
     SITE_RECEIPT = "application/vnd.consilium.site-receipt+json"  # a site, about what it answered
     COUNTERSIGNATURE = "application/vnd.consilium.countersignature+json"  # a second reviewer of a bundle
     REVOCATIONS = "application/vnd.consilium.revocations+json"  # the auditor, about what must not be used any more
+    WELCOME = "application/vnd.consilium.welcome+json"  # a coordinator, to a site that it enrolled
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,6 @@ from functools import lru_cache
 from typing import assert_never
 
 import numpy as np
-from opacus.accountants.analysis.prv import (
-    Domain,
-    PoissonSubsampledGaussianPRV,
-    TruncatedPrivacyRandomVariable,
-    compose_heterogeneous,
-    discretize,
-)
-from opacus.accountants.analysis.rdp import compute_rdp
 from scipy.special import log_ndtr
 
 from common.privacy.mechanism import DpSgd, ExactAnswer, GaussianRelease, Mechanism, NoisedCounts, Unit
@@ -155,6 +147,15 @@ def _prv(history: tuple[Loss, ...], delta: float) -> tuple[float, float, float] 
 
     None where floating point cannot carry the convolution; the caller then falls back on RDP.
     """
+    # Here: it brings torch along, and whoever only reads messages (a site's runner) needs neither.
+    from opacus.accountants.analysis.prv import (  # noqa: PLC0415
+        Domain,
+        PoissonSubsampledGaussianPRV,
+        TruncatedPrivacyRandomVariable,
+        compose_heterogeneous,
+        discretize,
+    )
+
     delta_error = delta / 1000
     steps = [n for _, _, n in history]
     total = sum(steps)
@@ -243,6 +244,8 @@ def _renyi(history: tuple[Loss, ...], delta: float) -> float:
 @lru_cache(maxsize=1024)
 def _renyi_of_step(noise: float, probability: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """(orders,) Renyi divergence of one step at FRACTIONS + WHOLE; infinite (unused) where it is not computed."""
+    from opacus.accountants.analysis.rdp import compute_rdp  # noqa: PLC0415  brings torch along
+
     fractions = np.full(len(FRACTIONS), np.inf)
     if noise < FRACTIONS_BELOW_NOISE:
         fractions = np.asarray(compute_rdp(q=probability, noise_multiplier=noise, steps=1, orders=list(FRACTIONS)))

@@ -52,6 +52,11 @@ def load_settings(path: Path, model: type[Model]) -> Model:
     return _validated(_read_yaml(path), model, path.name)
 
 
+def parse_settings(text: str, model: type[Model], name: str) -> Model:
+    """Read YAML text into `model`. name: of the file, for the SettingsError that `load_settings` raises as well."""
+    return _validated(_parse_yaml(text, name), model, name)
+
+
 def _read_yaml(path: Path) -> dict[str, object]:
     try:
         text = path.read_text(encoding="utf-8")

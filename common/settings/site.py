@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import date
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +14,7 @@ from common.settings.load import load_settings, settings_digest
 from common.settings.study import PhantomKind, Positive, Settings
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+LONGEST_NAME = 200  # characters of who approved
 
 
 class PhantomSource(Settings):
@@ -94,22 +96,42 @@ class OrderKind(StrEnum):
     STATEMENT = "statement"
 
 
+class Approval(Settings):
+    """One study that the hospital approved, to the letter: one changed byte is another digest, and not approved.
+
+    digest: of the study. study: its name, for people. coordinator_key: Ed25519 public key, hex, of the only
+    coordinator that may hold it. approved_by, approved_on: who answers for it, since which day (UTC).
+    """
+
+    digest: Digest
+    study: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    coordinator_key: Digest
+    approved_by: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
+    approved_on: date
+
+
 class SitePolicy(Settings):
     """What the hospital allows. Lists are empty by default: nothing is allowed that is not named.
 
-    studies: digests of approved studies. purposes: approved purposes, compared as whole text.
+    studies: approved studies, each with its coordinator. purposes: approved purposes, compared as whole text.
+    code_digests: versions of `client` and `common` that may look at patients (`consilium site doctor` shows the
+    installed one). app_digests: Flower app bundles that the site's runner accepts; a simulation has no bundle.
     epsilon_cap, delta_cap: for one patient cohort over all studies, training and answers together.
-    minimum_noise: smallest noise multiplier of a plan. maximum_steps: largest number of noised steps of one plan.
+    minimum_noise: smallest noise multiplier of a plan. maximum_rounds, maximum_steps: largest number of rounds, and of
+    noised steps, of one plan.
     minimum_patients: smallest training cohort. research_answers: allow training without noise and exact
     answers; simulation: allow seeded randomness. Both are for simulation only. expires: last valid day (UTC).
     """
 
-    studies: tuple[Digest, ...] = ()
+    studies: tuple[Approval, ...] = ()
     purposes: tuple[str, ...] = ()
     orders: tuple[OrderKind, ...] = ()
+    code_digests: tuple[Digest, ...] = ()
+    app_digests: tuple[Digest, ...] = ()
     epsilon_cap: Positive
     delta_cap: Annotated[float, Field(gt=0, lt=0.1)]
     minimum_noise: Annotated[float, Field(ge=0)]
+    maximum_rounds: Annotated[int, Field(ge=1)]
     maximum_steps: Annotated[int, Field(ge=1)]
     minimum_patients: Annotated[int, Field(ge=2)]
     research_answers: bool = False
@@ -122,10 +144,37 @@ class SitePolicy(Settings):
             raise ValueError("research_answers gives exact answers about patients; only a simulation may set it")
         return self
 
+    @model_validator(mode="after")
+    def _studies_once(self) -> SitePolicy:
+        digests = [approval.digest for approval in self.studies]
+        if len(set(digests)) != len(digests):
+            raise ValueError("studies: each digest is approved once, for one coordinator")
+        return self
+
+    def approval(self, study_digest: str) -> Approval | None:
+        """The approval of exactly this study, None when there is none."""
+        return next((approval for approval in self.studies if approval.digest == study_digest), None)
+
+    def concerning(self, study_digest: str, purpose: str) -> SitePolicy:
+        """The policy as far as it concerns one study: what a coordinator learns the digest of.
+
+        Other studies are not that coordinator's to know of, and approving one more must not look like a change to it.
+        """
+        own = tuple(approval for approval in self.studies if approval.digest == study_digest)
+        return self.model_copy(
+            update={"studies": own, "purposes": tuple(text for text in self.purposes if text == purpose)}
+        )
+
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the policy's canonical JSON."""
         return settings_digest(self)
+
+
+def policy_schema() -> str:
+    """JSON Schema (2020-12) of a policy.yaml, for editors and for whoever checks one without this program."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **SitePolicy.model_json_schema()}
+    return json.dumps(schema, indent=2, sort_keys=True) + "\n"
 
 
 def load_site(path: Path) -> SiteSettings:

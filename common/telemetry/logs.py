@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import traceback
@@ -20,6 +21,7 @@ from typing import IO
 
 import structlog
 
+from common.errors import ConsiliumError
 from common.telemetry.events import Event, Observer, Progress
 from common.telemetry.quiet import TALKATIVE, drop_logs
 
@@ -60,19 +62,19 @@ def events_file(path: Path, now: Clock) -> Observer:
 
 
 @contextmanager
-def run_log(folder: Path, now: Clock) -> Iterator[Path]:
-    """While open, everything logged goes to `folder`/log.jsonl, redacted; yields that path.
+def run_log(folder: Path, now: Clock, *, name: str = "log.jsonl") -> Iterator[Path]:
+    """While open, everything logged goes to the file `name` in `folder`, redacted; yields its path.
 
     Warnings of Python and of talkative libraries go there too. An unexpected exception is written with its
     traceback and carries a note with the log's path when it leaves.
     """
-    path = folder / "log.jsonl"
+    path = folder / name
     with path.open("a", encoding="utf-8") as file:
         structlog.configure(
             processors=[
                 structlog.processors.add_log_level,
                 _clock(now),
-                _describe_exception,
+                describe_exception,
                 redact,
                 structlog.processors.JSONRenderer(),
             ],
@@ -154,10 +156,13 @@ def _clock(now: Clock) -> structlog.typing.Processor:
     return add_time
 
 
-def _describe_exception(
+def describe_exception(
     _logger: object, _method: str, fields: MutableMapping[str, object]
 ) -> MutableMapping[str, object]:
-    """Type, text and code lines of an exception; never the values of variables."""
+    """Type and code lines of an exception, never the values of variables; its text only when it is one of ours.
+
+    A text of ours names no patient. A library's may: the key that was missing, the name of a file.
+    """
     failure = fields.pop("exc_info", None)
     if failure is True:  # `logger.exception(...)`
         failure = sys.exception()
@@ -165,7 +170,16 @@ def _describe_exception(
         return fields
     frames = traceback.extract_tb(failure.__traceback__)
     calls = [f"{Path(frame.filename).stem}:{frame.lineno} {frame.name}" for frame in frames]
-    return {**fields, "exception": type(failure).__name__, "text": str(failure), "calls": calls}
+    return {**fields, "exception": type(failure).__name__, "text": reason_of(failure), "calls": calls}
+
+
+def reason_of(failure: BaseException) -> str:
+    """What may be logged of an exception: our own text, the system's word for its number, or nothing but the type."""
+    if isinstance(failure, ConsiliumError):
+        return _PATH_TEXT.sub("<path>", _PATIENT_TEXT.sub("<patient>", str(failure)))
+    if isinstance(failure, OSError) and failure.errno is not None:
+        return os.strerror(failure.errno)
+    return type(failure).__name__
 
 
 def _utc(now: Clock) -> str:

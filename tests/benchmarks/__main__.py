@@ -19,6 +19,7 @@ BENCHMARKS = {
     "accountants": "epsilon by several accountants, the noise that targets need, and the published example",
     "audit": "what the audit finds of planted copies beside peers, how often it errs, and its speed",
     "dp_step": "a critic's step with patient-level privacy beside the plain step, Opacus and other ways",
+    "federation": "a message phase with our runner beside Flower's executor, and a coordinator's memory with 50 sites",
     "simulation": "what the in-process federation costs beyond the sites' training",
     "utility": "Dice on real held-out patients of segmenters trained on synthetic scans, and of peers",
 }

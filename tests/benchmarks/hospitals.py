@@ -22,11 +22,10 @@ from client.store import SiteStore
 from common.errors import Unreachable
 from common.evidence.chain import EvidenceChain
 from common.evidence.predicate import ENROLMENT_RECORD
-from common.evidence.signing import create_signing_key
+from common.evidence.signing import public_key_hex
 from common.generator.network import read_weights, save_weights
 from common.generator.weights import Weights
 from common.privacy.calibration import plan_of
-from common.privacy.ledger_witness import public_hex
 from common.settings.load import study_digest
 from common.settings.site import load_site
 from common.settings.study import Study
@@ -88,13 +87,14 @@ def enrolled_run(
         study_digest=study_digest(study),
     )
     run = RunFolder.create_or_resume(folder, study, facts)
-    write_sites(run, settings, study, plan_of(study), utc_now())
+    key = public_key_hex(run.signing_key().public_key())
+    write_sites(run, settings, study, plan_of(study), coordinator_key=key, now=utc_now())
     enrolment = enrol(
         study,
         _grid_sites(run, observer),
         public_generator=public.generator,
         public_critic=public.critic,
-        coordinator_key=public_hex(create_signing_key(run.auditor_key)),
+        coordinator_key=key,
         chain=EvidenceChain(run.evidence),
         now=utc_now,
     )

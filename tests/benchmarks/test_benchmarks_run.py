@@ -72,6 +72,17 @@ def test_dp_step_puts_our_step_beside_the_plain_one_and_peers(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_federation_puts_a_phase_beside_flowers_executor_and_watches_the_memory(tmp_path: Path) -> None:
+    rows = results("federation", tmp_path)
+    assert [row["metric"] for row in rows[:3]] == ["phase_ratio", "phase_seconds", "phase_seconds"]
+    assert {row["method"] for row in rows} == {"consilium", "flower-superexec"}
+    assert 0 < rows[0]["value"] < 1  # one phase each: how much less is for the real run to say
+    memory = {row["metric"]: row["value"] for row in rows[3:]}
+    assert set(memory) == {"memory_growth", "memory_after_round_3"}
+    assert memory["memory_after_round_3"] > 50
+
+
+@pytest.mark.slow
 def test_utility_puts_the_privacy_curve_beside_real_and_phantom_and_measures_nothing_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

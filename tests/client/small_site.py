@@ -17,6 +17,7 @@ from client.work import Scored, SiteWork, Task
 from common.adversary.critic import build_critic
 from common.generator.network import build_generator, weights_of
 from common.generator.weights import Weights
+from common.installed import code_digest
 from common.measure.audit_plan import AuditPlan, make_plan
 from common.privacy.ledger import Ledger
 from common.privacy.ledger_rows import Cohort as LedgerCohort
@@ -36,7 +37,7 @@ from common.protocol.messages import (
     WarmUpOrder,
 )
 from common.settings.load import study_digest, study_json
-from common.settings.site import OrderKind, PhantomSource, SitePolicy, SiteSettings
+from common.settings.site import Approval, OrderKind, PhantomSource, SitePolicy, SiteSettings
 from common.settings.study import PhantomKind, Study
 from common.telemetry.events import Observer
 from tests.tiny_studies import tiny_plan, tiny_study
@@ -139,15 +140,30 @@ def statement_order() -> StatementOrder:
     return StatementOrder(study_digest=STUDY_DIGEST)
 
 
-def policy(**changes: object) -> SitePolicy:
-    """A policy that allows the tiny study and everything it asks for."""
+def approval(digest: str = STUDY_DIGEST, **changes: object) -> Approval:
+    """The hospital's consent to one study of `COORDINATOR`."""
     facts = {
-        "studies": (STUDY_DIGEST,),
+        "digest": digest,
+        "study": STUDY.study,
+        "coordinator_key": public_hex(COORDINATOR),
+        "approved_by": "Dr. Test",
+        "approved_on": date(2026, 11, 1),
+    }
+    return Approval(**{**facts, **changes})
+
+
+def policy(**changes: object) -> SitePolicy:
+    """A policy that allows the tiny study and everything it asks for. studies: digests, or approvals."""
+    studies = changes.pop("studies", (STUDY_DIGEST,))
+    facts = {
+        "studies": tuple(given if isinstance(given, Approval) else approval(given) for given in studies),
         "purposes": (PURPOSE,),
         "orders": tuple(OrderKind),
+        "code_digests": (code_digest(),),
         "epsilon_cap": 40.0,
         "delta_cap": 1e-4,
         "minimum_noise": 1.0,
+        "maximum_rounds": 50,
         "maximum_steps": 100,
         "minimum_patients": 2,
         "simulation": True,

@@ -273,7 +273,7 @@ def test_an_order_that_fails_before_data_are_touched_costs_nothing(tmp_path):
 def test_an_order_that_fails_once_data_were_touched_has_been_spent(tmp_path):
     site = enrolled(tmp_path, QuickWork(fails=RuntimeError("out of memory")))
     assert refusal(site.handle(train_order())) is RefusalCode.INTERNAL
-    assert '"detail": "out of memory"' in site_log(tmp_path)  # and not that it could not be given back
+    assert '"detail": "RuntimeError"' in site_log(tmp_path)  # and not that it could not be given back
     assert [entry.state for entry in spent(tmp_path)] == [EntryState.SPENT]
     assert len(site.handle(statement_order()).members) == 1
 

@@ -5,9 +5,12 @@ from datetime import UTC, date, datetime, timedelta, timezone
 
 import pytest
 from small_site import (
+    COORDINATOR,
     NOW,
+    PURPOSE,
     STUDY,
     STUDY_DIGEST,
+    approval,
     enrol_order,
     plan,
     policy,
@@ -19,8 +22,10 @@ from small_site import (
 
 from client.policy import check, study_facts
 from common.errors import PolicyRefusal
+from common.installed import code_digest
 from common.measure.one_run import GUESS_RULES
 from common.privacy.calibration import plan_of
+from common.privacy.ledger_witness import public_hex
 from common.privacy.mechanism import DpSgd, Unit
 from common.protocol.messages import CanaryOrder, SegmenterSource, WarmUpOrder
 from common.settings.site import OrderKind, SitePolicy
@@ -32,8 +37,28 @@ def study_with(section: str, **changes: object) -> Study:
     return Study.model_validate({**body, section: {**body[section], **changes}})
 
 
-def ask(order=None, *, allowed: SitePolicy | None = None, study: Study = STUDY, now: datetime = NOW, simulated=True):
-    check(order or train_order(), policy=allowed or policy(), study=study, now=now, simulated=simulated)
+OTHER_KEY = "d" * 64
+
+
+def ask(
+    order=None,
+    *,
+    allowed: SitePolicy | None = None,
+    study: Study = STUDY,
+    key: str = public_hex(COORDINATOR),
+    code: str = code_digest(),
+    now: datetime = NOW,
+    simulated=True,
+):
+    check(
+        order or train_order(),
+        policy=allowed or policy(),
+        study=study,
+        coordinator_key=key,
+        code=code,
+        now=now,
+        simulated=simulated,
+    )
 
 
 def test_order_within_the_policy_is_allowed():
@@ -46,13 +71,14 @@ def test_empty_policy_allows_nothing():
         epsilon_cap=1e9,
         delta_cap=0.09,
         minimum_noise=0.0,
+        maximum_rounds=10**9,
         maximum_steps=10**9,
         minimum_patients=2,
         simulation=True,
         expires=date(2099, 1, 1),
     )
     for order in (enrol_order(), train_order(), utility_order(), statement_order()):
-        with pytest.raises(PolicyRefusal, match=r"orders.*studies.*purposes"):
+        with pytest.raises(PolicyRefusal, match=r"orders.*studies.*code_digests.*purposes"):
             ask(order, allowed=empty)
 
 
@@ -65,7 +91,10 @@ def test_empty_policy_allows_nothing():
         ({"epsilon_cap": 2.99}, "above `epsilon_cap`"),
         ({"delta_cap": 9e-5}, "above `delta_cap`"),
         ({"minimum_noise": 3.01}, "below `minimum_noise`"),
+        ({"maximum_rounds": 3}, "4 rounds are above `maximum_rounds` 3"),
         ({"maximum_steps": 7}, "above `maximum_steps`"),
+        ({"code_digests": ("0" * 64,)}, "`code_digests` does not name the installed code"),
+        ({"studies": (approval(coordinator_key="d" * 64),)}, "approved for the coordinator key dddddddddddddddd, not"),
         ({"simulation": False}, "seeded"),
         ({"expires": date(2026, 11, 19)}, "expired"),
     ],
@@ -73,6 +102,31 @@ def test_empty_policy_allows_nothing():
 def test_each_line_of_the_policy_refuses(changes, objection):
     with pytest.raises(PolicyRefusal, match=objection):
         ask(allowed=policy(**changes))
+
+
+@pytest.mark.parametrize("kind", list(OrderKind))
+def test_no_order_of_another_coordinator_is_obeyed(kind):
+    with pytest.raises(PolicyRefusal, match="approved for the coordinator key"):
+        ask(ORDERS[kind](), key=OTHER_KEY)
+
+
+@pytest.mark.parametrize("kind", list(OrderKind))
+def test_code_that_changed_after_the_approval_answers_nothing(kind):
+    with pytest.raises(PolicyRefusal, match="`code_digests`"):
+        ask(ORDERS[kind](), code="0" * 64)
+
+
+def test_one_changed_byte_of_a_study_revokes_its_approval():
+    worded = STUDY.model_copy(update={"purpose": PURPOSE + "."})
+    with pytest.raises(PolicyRefusal, match="`studies` does not name"):
+        ask(enrol_order(worded), study=worded, allowed=policy(purposes=(PURPOSE, PURPOSE + ".")))
+
+
+def test_a_second_approval_does_not_change_what_the_first_coordinator_sees():
+    one, two = policy(), policy(studies=(STUDY_DIGEST, approval("1" * 64, study="other")), purposes=(PURPOSE, "else"))
+    assert one.digest != two.digest
+    assert one.concerning(STUDY_DIGEST, PURPOSE).digest == two.concerning(STUDY_DIGEST, PURPOSE).digest
+    assert two.concerning(STUDY_DIGEST, PURPOSE).digest != two.concerning("1" * 64, "else").digest
 
 
 def test_policy_ends_after_its_last_day_in_utc():

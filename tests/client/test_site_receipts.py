@@ -148,3 +148,12 @@ def test_no_patient_and_no_path_is_in_a_receipt(tmp_path, secret: str):
     joined = enrolled(tmp_path)
     open_site(tmp_path).handle(train_order(1))
     assert secret not in receipt(tmp_path, joined).model_dump_json()
+
+
+def test_every_answer_names_the_policy_that_allowed_it(tmp_path):
+    joined = enrolled(tmp_path)
+    strict = policy(epsilon_cap=39.0)
+    open_site(tmp_path).handle(train_order(1))
+    open_site(tmp_path, allowed=strict).handle(train_order(2))
+    open_site(tmp_path, allowed=strict).handle(train_order(1))  # repeated: it left under the first
+    assert [a.policy for a in receipt(tmp_path, joined).answers] == [joined.policy_digest, strict.digest]

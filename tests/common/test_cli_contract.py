@@ -235,9 +235,22 @@ def test_every_declared_command_is_installed_and_explains_itself(capsys):
         "sample",
         "phantom",
         "doctor",
-        "site ledger",
-        "site near-copies",
-    }
+        "health",
+        "security-log",
+        *(
+            f"federation {word}"
+            for word in (
+                "init", "enrol", "revoke", "renew", "sites", "serve", "start", "status", "stop", "resume",
+            )
+        ),
+        *(
+            f"site {word}"
+            for word in (
+                "init", "join", "doctor", "dummy", "check", "approve", "revoke-approval", "serve", "pause", "unpause",
+                "ledger", "near-copies",
+            )
+        ),
+    }  # fmt: skip
     assert run(["--help"]) == 0
     assert "(not installed)" not in capsys.readouterr().out
 

@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 
 from common.errors import UsageError
+from common.installed import code_digest
 from common.settings.load import study_digest
 from common.settings.site import OrderKind, PhantomSource, load_policy, load_site
 from server.run_folder import Engine, RunFacts, RunFolder
 from server.seeds import derive
-from server.simulated_sites import Cohorts, plan_sites, write_sites
+from server.simulated_sites import Cohorts, check_sites, plan_sites, write_sites
 from tests.tiny_studies import tiny_plan, tiny_study
 
 STUDY = tiny_study(purpose="tests of simulated hospitals", federation={"quorum": 2, "minimum_patients": 4})
 PLAN = tiny_plan(STUDY, noise=0.9)
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
+KEY = "a" * 64
 PHANTOMS = Cohorts(folder=None, sites=None, phantoms=30)
 
 
@@ -38,7 +40,8 @@ def run_with(folder: Path, cohorts: Cohorts) -> RunFolder:
         study_digest=study_digest(STUDY),
     )
     run = RunFolder.create_or_resume(folder, STUDY, facts)
-    write_sites(run, settings, STUDY, PLAN, NOW)
+    check_sites(run, settings)
+    write_sites(run, settings, STUDY, PLAN, coordinator_key=KEY, now=NOW)
     return run
 
 
@@ -111,9 +114,10 @@ def test_fewer_sites_than_the_quorum_are_refused():
 def test_a_hospital_allows_this_study_under_this_plan_and_nothing_else(tmp_path: Path):
     run = run_with(tmp_path / "run", PHANTOMS)
     policy = load_policy(run.sites / "site-2" / "policy.yaml")
-    assert policy.studies == (study_digest(STUDY),)
+    assert [(a.digest, a.study, a.coordinator_key) for a in policy.studies] == [(study_digest(STUDY), "tiny", KEY)]
+    assert policy.code_digests == (code_digest(),)
     assert policy.purposes == (STUDY.purpose,)
-    assert (policy.minimum_noise, policy.maximum_steps, policy.epsilon_cap) == (0.9, 15, 20.0)
+    assert (policy.minimum_noise, policy.maximum_rounds, policy.maximum_steps, policy.epsilon_cap) == (0.9, 3, 15, 20.0)
     assert set(policy.orders) == set(OrderKind)
     assert policy.simulation
     assert policy.research_answers  # for the comparison after signing; the policy's own rule ties it to simulation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,35 @@ WORKING_COPIES = 3.0  # of the largest activation: its gradient, the gradient be
 PARAMETER_COPIES = 4.0  # weights in the rows' layout, their sum, the flat sum, its noise
 
 
-def patients_within(critic: nn.Module, view_shape: Sequence[int], *, views: int, limit_bytes: int) -> int:
-    """Patients that one pass holds within `limit_bytes` above the critic and its optimiser.
+@dataclass(frozen=True, kw_only=True)
+class PassMemory:
+    """Bytes of one pass above the critic and its optimiser: whatever is drawn, and for each patient in it."""
 
-    view_shape: (C, D, H, W) of one view; views: of each patient. An estimate from above for float32 passes: activations
-    kept for backward, gradients made row by row, working copies. Raises SettingsError when not even one patient fits.
+    fixed: float
+    each: float
+
+
+def patients_within(critic: nn.Module, view_shape: Sequence[int], *, views: int, limit_bytes: int) -> int:
+    """Patients that one pass holds within `limit_bytes`, see `pass_memory`.
+
+    Raises SettingsError when not even one patient fits.
+    """
+    needs = pass_memory(critic, view_shape, views=views)
+    fit = int((limit_bytes - needs.fixed) // needs.each)
+    if fit < 1:
+        raise SettingsError(
+            f"one patient's pass needs about {(needs.fixed + needs.each) / 2**20:.0f} MiB and "
+            f"{limit_bytes / 2**20:.0f} MiB are allowed; nothing was trained. Allow more memory, or use fewer views, a "
+            "smaller grid or a smaller critic."
+        )
+    return fit
+
+
+def pass_memory(critic: nn.Module, view_shape: Sequence[int], *, views: int) -> PassMemory:
+    """What one pass holds, an estimate from above for float32.
+
+    view_shape: (C, D, H, W) of one view; views: of each patient. Counted are activations kept for backward, gradients
+    made row by row, and working copies.
     """
     weights = {p.data_ptr() for p in critic.parameters()}
     activations: dict[int, int] = {}
@@ -51,10 +76,4 @@ def patients_within(critic: nn.Module, view_shape: Sequence[int], *, views: int,
     largest = max(activations.values(), default=0)
     each = sum(activations.values()) + kept + WORKING_COPIES * largest
     fixed = PARAMETER_COPIES * itemsize * sum(p.numel() for p in critic.parameters())
-    fit = int((limit_bytes - fixed) // each)
-    if fit < 1:
-        raise SettingsError(
-            f"one patient's pass needs about {(fixed + each) / 2**20:.0f} MiB and {limit_bytes / 2**20:.0f} MiB are "
-            "allowed; nothing was trained. Allow more memory, or use fewer views, a smaller grid or a smaller critic."
-        )
-    return fit
+    return PassMemory(fixed=fixed, each=each)

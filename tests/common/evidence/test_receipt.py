@@ -152,6 +152,15 @@ def test_each_difference_from_what_the_site_said_is_one_contradiction(changes: d
     assert words in found[0]
 
 
+def test_an_answer_that_another_policy_allowed_is_a_contradiction():
+    same, other = (
+        RECEIPT.model_copy(update={"answers": tuple(a.model_copy(update={"policy": p}) for a in RECEIPT.answers)})
+        for p in (C, D)
+    )
+    assert list(contradictions(same, STATED)) == []
+    assert list(contradictions(other, STATED)) == ["the receipt names answers that another policy allowed"]
+
+
 def test_answers_that_were_not_used_contradict_nothing():
     assert list(contradictions(RECEIPT, replace(STATED, trained={}, scored=None))) == []
     assert list(contradictions(RECEIPT, replace(STATED, scored=(D, A, None)))) == []

@@ -6,17 +6,26 @@ from pydantic import ValidationError
 
 from common.errors import SettingsError
 from common.settings.load import settings_yaml
-from common.settings.site import OrderKind, PhantomSource, SitePolicy, SiteSettings, load_policy, load_site
+from common.settings.site import Approval, OrderKind, PhantomSource, SitePolicy, SiteSettings, load_policy, load_site
 from common.settings.study import PhantomKind
 
 LEAST = {
     "epsilon_cap": 8.0,
     "delta_cap": 1e-3,
     "minimum_noise": 0.5,
+    "maximum_rounds": 40,
     "maximum_steps": 1000,
     "minimum_patients": 20,
     "expires": date(2027, 1, 31),
 }
+
+APPROVAL = Approval(
+    digest="0" * 64,
+    study="vessels",
+    coordinator_key="1" * 64,
+    approved_by="Dr. Test",
+    approved_on=date(2026, 11, 1),
+)
 
 
 def saved(folder, text, name="site.yaml"):
@@ -62,12 +71,13 @@ def test_a_wrong_site_file_is_told_what_is_wrong(tmp_path, text, part):
 def test_a_policy_allows_nothing_that_it_does_not_name():
     policy = SitePolicy(**LEAST)
     assert (policy.studies, policy.purposes, policy.orders) == ((), (), ())
+    assert (policy.code_digests, policy.app_digests) == ((), ())
     assert not policy.research_answers
     assert not policy.simulation
 
 
 def test_a_policy_survives_yaml_and_its_digest_covers_every_bound(tmp_path):
-    policy = SitePolicy(**LEAST, studies=("0" * 64,), purposes=("research",), orders=(OrderKind.TRAIN,))
+    policy = SitePolicy(**LEAST, studies=(APPROVAL,), purposes=("research",), orders=(OrderKind.TRAIN,))
     path = saved(tmp_path, settings_yaml(policy), "policy.yaml")
     assert load_policy(path) == policy
     digests = {policy.digest} | {
@@ -83,6 +93,12 @@ def test_a_policy_without_a_bound_is_refused_and_so_is_an_endless_one(tmp_path):
         load_policy(path)
     assert "policy.yaml: epsilon_cap: input should be a finite number" in str(told.value)
     assert "policy.yaml: key 'expires' is missing" in str(told.value)
+
+
+def test_a_study_is_approved_once_and_for_one_coordinator():
+    other = APPROVAL.model_copy(update={"coordinator_key": "2" * 64})
+    with pytest.raises(ValidationError, match="each digest is approved once, for one coordinator"):
+        SitePolicy(**LEAST, studies=(APPROVAL, other))
 
 
 def test_exact_answers_are_for_simulation_only():
