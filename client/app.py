@@ -13,25 +13,25 @@ leaves as a fixed refusal. Flower would send the text of an exception to the coo
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
+import structlog
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.egress_gate import BytesOut, gate, read_order, refusal
-from client.site import POLICY_FILE, Site
+from client.site import Site
+from client.site_folder import POLICY_FILE, SITE_FILE
 from common.errors import PolicyRefusal, ProtocolError, UsageError
 from common.protocol import codec
 from common.protocol.messages import RefusalCode
 from common.telemetry.logs import reason_of
 
-SITE_FILE = "site.yaml"
 LARGEST_PROCESS_SITES = 256  # simulated sites whose settings one process keeps parsed
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
 
 Handler = Callable[[Message, Context], Message]
 
@@ -102,4 +102,4 @@ def _opened(site_file: Path, fingerprint: bytes) -> Site:  # noqa: ARG001  # the
 
 def _note(error: Exception) -> None:
     """Tell the operator of this process, and nobody else, what a refusal hides."""
-    log.error("the order was refused: %s: %s", type(error).__name__, reason_of(error))
+    log.error("order refused", kind=type(error).__name__, reason=reason_of(error))

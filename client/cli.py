@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from client.site_folder import SITE_FILE
 from common.errors import ExitCode, LedgerError, UsageError
 
 if TYPE_CHECKING:
     from common.protocol.messages import LedgerHead
-
-SITE_FILE = "site.yaml"
 
 
 def ledger(

@@ -18,6 +18,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
+from client.site_folder import POLICY_FILE, SITE_FILE
 from common.errors import PolicyRefusal, Refusal, SettingsError, UsageError, VerificationFailed
 from common.evidence.atomic import write_atomic
 from common.identity.keys import adopt_node_key, create_node_key, fingerprint, grouped, load_node_key, read_fingerprint
@@ -26,8 +27,6 @@ from common.identity.welcome import Welcome
 from common.settings.load import settings_yaml
 from common.settings.site import SitePolicy, SiteSettings, load_site
 
-SITE_FILE: Final = "site.yaml"
-POLICY_FILE: Final = "policy.yaml"
 NODE_KEY: Final = Path("identity", "node.key")
 REQUEST: Final = Path("identity", "request.pem")
 WELCOME: Final = Path("federation", "welcome.json")

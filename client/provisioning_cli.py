@@ -29,7 +29,8 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Make a site: settings, a policy that allows nothing, a key that never leaves, and a request to send."""
-    from client.joining import NODE_KEY, POLICY_FILE, init_site  # noqa: PLC0415
+    from client.joining import NODE_KEY, init_site  # noqa: PLC0415
+    from client.site_folder import POLICY_FILE  # noqa: PLC0415
 
     made = init_site(folder, name=name, hospital=hospital, data=data, key=key, now=datetime.now(UTC))
     shown = grouped(made.request.fingerprint)

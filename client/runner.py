@@ -40,15 +40,13 @@ from client.runner_flower import (
     message_from_bytes,
     message_to_bytes,
 )
+from client.site_folder import POLICY_FILE, SECRET_FILE, SITE_FILE
 from common.errors import ConsiliumError, IntegrityError, ProtocolError, SettingsError, Unreachable
 from common.protocol import codec
 from common.protocol.messages import RefusalCode, RefusalReply, Reply
 from common.settings.site import OrderKind, load_policy
 from common.telemetry.security_log import SecurityLog
 
-SITE_FILE: Final = "site.yaml"
-POLICY_FILE: Final = "policy.yaml"
-SECRET_FILE: Final = "superexec.secret"  # noqa: S105  a file name
 ANSWERED: Final = "answered"
 UNDELIVERABLE: Final = "undeliverable"
 UNKNOWN: Final = "unknown"

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Final
 
 from client.connection import ConnectionSettings, load_connection
-from client.gateway_probe import Reach, probe_gateway
 from client.joining import AUTHORITY, NODE_KEY, read_welcome, validity_problem
+from client.site_folder import PAUSE_FILE, POLICY_FILE, SECRET_FILE, SITE_FILE
+from client.way_out import GatewayNotTrusted, WayBlocked, ask_gateway
 from common.cli import ENVIRONMENT
 from common.errors import PolicyRefusal, SettingsError, UsageError, VerificationFailed
 from common.evidence.atomic import write_atomic
@@ -33,16 +34,13 @@ from common.processes import Child, Ended, Supervisor
 from common.settings.site import SitePolicy, load_policy, load_site
 from common.telemetry.security_log import SecurityLog
 
-SITE_FILE: Final = "site.yaml"
-POLICY_FILE: Final = "policy.yaml"
-SECRET_FILE: Final = "superexec.secret"  # noqa: S105  a file name
-PAUSE_FILE: Final = "paused"
 PORTS_FILE: Final = "ports.json"
 SECRET_BYTES: Final = 32
 LOOPBACK: Final = "127.0.0.1"
 _LOOK_S: Final = 0.5
 _ASK_AGAIN_S: Final = 60.0
 _TRY_AGAIN_S: Final = 5.0  # while the gateway does not answer
+_ANSWER_S: Final = 5.0  # for each step of the way to it
 _RUNNER_AGAIN_S: Final = 1.0
 _KEPT_OUT: Final = (
     "the coordinator did not let it in, or takes it for connected still: is the site enrolled, its key not revoked, "
@@ -178,7 +176,7 @@ class _Watch:
         self._service = service
         self._tell = tell
         self._security = SecurityLog.of_folder(service.folder)
-        self._reach: Reach | None = None
+        self._found: str | None = None
         self._next_look = 0.0
 
     def note(self, outcome: str, **facts: str | int) -> None:
@@ -203,24 +201,35 @@ class _Watch:
         if time.monotonic() < self._next_look:
             return
         service, welcome = self._service, self._service.welcome
-        found = probe_gateway(
-            welcome.host, welcome.port, authority=service.folder / AUTHORITY, proxy=service.settings.proxy
-        )
-        self._next_look = time.monotonic() + (_ASK_AGAIN_S if found.reach is Reach.REACHED else _TRY_AGAIN_S)
-        if found.reach is self._reach:
+        authority, proxy = service.folder / AUTHORITY, service.settings.proxy
+        blocked: WayBlocked | None = None
+        try:
+            ask_gateway(welcome.host, welcome.port, authority=authority, proxy=proxy, timeout_s=_ANSWER_S)
+        except WayBlocked as error:
+            blocked = error
+        self._next_look = time.monotonic() + (_ASK_AGAIN_S if blocked is None else _TRY_AGAIN_S)
+        found = _outcome(blocked)
+        if found == self._found:
             return
-        self._reach = found.reach
-        self.note(f"gateway {found.reach}", reason=found.reason)
-        if first and found.reach is Reach.NOT_TRUSTED:
+        self._found = found
+        self.note(found, reason="it answers" if blocked is None else blocked.reason)
+        if blocked is None:
+            if not first:
+                self._tell(f"gateway {welcome.address}: it answers")
+            return
+        if first and isinstance(blocked, GatewayNotTrusted):
             raise VerificationFailed(
-                f"{welcome.address} is not trusted: {found.reason}; nothing was started. "
-                "Ask the coordinator for the gateway's address and certificate, and your network for a way past TLS "
-                "inspection."
+                f"{welcome.address} is not trusted: {blocked.reason}; nothing was started. "
+                f"What to do: {blocked.remedy}. `consilium site doctor` tries the way step by step."
             )
-        if found.reach is Reach.REACHED and first:
-            return
-        after = "" if found.reach is Reach.REACHED else "; the SuperNode goes on trying"
-        self._tell(f"gateway {welcome.address}: {found.reason}{after}")
+        self._tell(f"gateway {welcome.address}: {blocked.reason}; the SuperNode goes on trying")
+
+
+def _outcome(blocked: WayBlocked | None) -> str:
+    """As the security log calls it."""
+    if blocked is None:
+        return "gateway reached"
+    return "gateway not-trusted" if isinstance(blocked, GatewayNotTrusted) else "gateway unreachable"
 
 
 def _check_ports(service: SiteService, parts: tuple[Part, ...]) -> None:

@@ -55,6 +55,7 @@ from client.orders import (
 from client.policy import check
 from client.randomness import SecureStream
 from client.receipts import answered, receipt_of
+from client.site_folder import LEDGER_FILE, POLICY_FILE
 from client.store import HOLDOUT_KEY_BYTES, RECEIPT_KEY_BYTES, SiteStore, StudyStore
 from client.training.canaries import coins, guesses, heard_of
 from client.training.compute import Compute
@@ -89,9 +90,6 @@ from common.settings.site import SitePolicy, SiteSettings, load_policy, load_sit
 from common.settings.study import Study
 from common.telemetry.events import Observer, ignore
 from common.telemetry.logs import reason_of
-
-POLICY_FILE = "policy.yaml"
-LEDGER_FILE = "ledger.sqlite"
 
 
 def utc_now() -> datetime:

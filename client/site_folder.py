@@ -10,6 +10,8 @@ from common.errors import UsageError
 SITE_FILE: Final = "site.yaml"
 POLICY_FILE: Final = "policy.yaml"
 LEDGER_FILE: Final = "ledger.sqlite"
+SECRET_FILE: Final = "superexec.secret"  # noqa: S105  a file name
+PAUSE_FILE: Final = "paused"  # in the state folder
 
 
 def site_folder(given: Path) -> Path:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.joining import expires
+from client.site_folder import PAUSE_FILE
 from common.errors import ConsiliumError, ExitCode
 from common.settings.site import load_policy, load_site
 from common.telemetry import metrics as page
@@ -141,7 +142,7 @@ def _said_yes(is_ready: Callable[[], bool]) -> bool:
 
 def _settings(folder: Path) -> Iterator[Sample]:
     settings = load_site(folder / "site.yaml")
-    yield page.SITE_PAUSED.at(int((Path(settings.state) / "paused").exists()))
+    yield page.SITE_PAUSED.at(int((Path(settings.state) / PAUSE_FILE).exists()))
     if settings.device == "cuda":
         # Not through torch, which takes a share of the GPU for as long as the process lives.
         yield page.SITE_GPU.at(int(any(Path("/dev").glob("nvidia[0-9]*"))))

@@ -49,6 +49,7 @@ from torch import Tensor
 from client.cohort import Cohort, CohortIdentity, read_identity
 from client.orders import PaidOrder
 from client.scoring.review import ReviewCase, from_json, to_json
+from client.site_folder import PAUSE_FILE
 from common.errors import IntegrityError, ProtocolError
 from common.evidence.atomic import write_atomic
 from common.evidence.receipt import Answered
@@ -97,7 +98,7 @@ class SiteStore:
 
     @property
     def _pause_file(self) -> Path:
-        return self.folder / "paused"
+        return self.folder / PAUSE_FILE
 
     def log(self, event: str, facts: Mapping[str, str | int], *, trace: bool = False) -> None:
         """Add one JSON line to site.log, with where the error that is being handled came from if `trace`."""

@@ -48,6 +48,10 @@ class WayBlocked(Unreachable):
         self.step, self.reason, self.remedy = step, reason, remedy
 
 
+class GatewayNotTrusted(WayBlocked):
+    """Somebody answers who is not, or not now, the federation's gateway; nothing was told to it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gateway:
     """A gateway that answered as the federation's own.
@@ -142,7 +146,7 @@ def _tls(raw: socket.socket, host: str, authority: Path) -> ssl.SSLSocket:
     try:
         return context.wrap_socket(raw, server_hostname=host)
     except ssl.SSLCertVerificationError as error:
-        raise WayBlocked(Step.TLS, *distrust(error)) from error
+        raise GatewayNotTrusted(Step.TLS, *distrust(error)) from error
     except OSError as error:  # ssl.SSLError is one
         reason = error.reason if isinstance(error, ssl.SSLError) and error.reason else _said(error)
         raise WayBlocked(

@@ -21,7 +21,7 @@ from typing import IO
 
 import structlog
 
-from common.errors import ConsiliumError
+from common.errors import ConsiliumError, SettingsError
 from common.telemetry.events import Event, Observer, Progress
 from common.telemetry.quiet import TALKATIVE, drop_logs
 
@@ -175,6 +175,8 @@ def describe_exception(
 
 def reason_of(failure: BaseException) -> str:
     """What may be logged of an exception: our own text, the system's word for its number, or nothing but the type."""
+    if isinstance(failure, SettingsError):  # quotes what somebody wrote into a file, whatever it is
+        return "a settings file is not valid; the command that checks it says where"
     if isinstance(failure, ConsiliumError):
         return _PATH_TEXT.sub("<path>", _PATIENT_TEXT.sub("<patient>", str(failure)))
     if isinstance(failure, OSError) and failure.errno is not None:

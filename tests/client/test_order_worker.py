@@ -1,5 +1,6 @@
 """The process that works on orders: kept as long as it behaves, ended when it does not."""
 
+import json
 import os
 import signal
 import subprocess
@@ -182,6 +183,9 @@ def real(folder: Path) -> Iterator[OrderWorker]:
     assert worker.process_id == process, "torch was imported more than once"
     worker.stop()
     assert (folder / "log" / "worker.log").read_text() == ""
+    told = [json.loads(line) for line in (folder / "log" / "worker.jsonl").read_text().splitlines()]
+    assert {line["kind"] for line in told} == {"ProtocolError", "SettingsError"}
+    assert "DOE_JANE" not in repr(told)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from gateway_server import GatewayServer
+from health_gateway import gateway
 from joined_site import Joined, join, utc_now
 
 from client.service import Part, children, prepare, serve
@@ -119,8 +119,8 @@ def test_the_commands_exit_codes_are_those_of_the_guide(site, capsys):
 
 def test_a_gateway_of_another_authority_keeps_the_site_from_starting_and_is_logged(tmp_path):
     other = join(tmp_path / "other")
-    with GatewayServer(other.federation.gateway_certificate, other.federation.gateway_key) as gateway:
-        site = join(tmp_path, port=gateway.port)
+    with gateway(other.federation) as port:
+        site = join(tmp_path, port=port)
         with pytest.raises(VerificationFailed, match=r"not trusted.*nothing was started") as refused:
             serve(site.folder, stop=threading.Event())
     assert refused.value.exit_code == ExitCode.REFUSED

@@ -75,7 +75,7 @@ def status(connection: http.client.HTTPSConnection, method: str, path: str, body
 
 
 def raw(net: Network, data: bytes) -> bytes:
-    """The first line that the gateway answers to these bytes; empty when it hangs up."""
+    """The first line that the gateway answers to these bytes; empty when it hangs up, with or without a word of TLS."""
     with (
         socket.create_connection(net.address, timeout=30, source_address=("127.0.0.3", 0)) as plain,
         trusting(net).wrap_socket(plain, server_hostname=HOST) as stream,
@@ -83,7 +83,7 @@ def raw(net: Network, data: bytes) -> bytes:
         stream.sendall(data)
         try:
             return stream.recv(4096).split(b"\r\n")[0]
-        except ConnectionError:
+        except (ConnectionError, ssl.SSLEOFError):
             return b""
 
 
