@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from common.attacks.suite import Material, build_suite, collapsed, fuse
+from common.attacks.threads import one_thread_each
 from common.errors import DataError, PolicyRefusal
 from common.measure.audit_plan import Endpoint
 from common.settings.study import AttackName
@@ -87,3 +88,35 @@ def test_nobody_has_a_score_against_a_generator_that_repeats_one_volume_with_noi
         candidate=Material(pooled=repeats[:-8], fresh=repeats[-8:]), start=material(noise_pairs(2, 80)), plan=plan
     )
     assert all(math.isnan(score) for score in found.scores(repeats[0]).values())
+
+
+@pytest.fixture
+def threads():
+    """Torch's number of threads, to change; put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_units_and_scores_do_not_depend_on_how_many_threads_a_hospital_has(threads):
+    plan = dataclasses.replace(PLAN, attacks=(AttackName.NEAR_COPY, AttackName.NEAREST))
+    candidate, start = material(noise_pairs(1, 80)), material(noise_pairs(2, 80))
+    found = []
+    for number in (1, 4):
+        threads(number)
+        built = build_suite(candidate=candidate, start=start, plan=plan)
+        assert torch.get_num_threads() == number  # the caller's own again
+        (scored,) = one_thread_each(built.scores, [candidate.pooled[0]])
+        found.append((built.units, built.fused, scored))
+    assert found[0] == found[1]
+
+
+def test_the_callers_threads_come_back_when_scoring_is_given_up_or_fails(threads):
+    threads(3)
+    scoring = one_thread_each(lambda _: torch.get_num_threads(), range(5))
+    assert next(scoring) == 1
+    scoring.close()
+    assert torch.get_num_threads() == 3
+    with pytest.raises(ZeroDivisionError):
+        list(one_thread_each(lambda n: 1 / n, [1, 0]))
+    assert torch.get_num_threads() == 3
