@@ -269,7 +269,7 @@ def _supernode(service: SiteService) -> Child:
     return Child(
         name=Part.SUPERNODE,
         argv=(
-            str(Path(sys.executable).parent / "flower-supernode"),
+            *(sys.executable, "-P", "-m", "client.supernode"),
             *("--superlink", service.welcome.address),
             *("--root-certificates", str(folder / AUTHORITY)),
             *("--auth-supernode-private-key", str(folder / NODE_KEY)),

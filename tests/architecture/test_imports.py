@@ -18,6 +18,7 @@ HEAVY = {
         "client/order_worker.py",
         "client/runner.py",
         "client/runner_flower.py",
+        "client/supernode.py",
         "common/protocol/codec.py",
         "server/app.py",
         "server/federation/control.py",

@@ -244,7 +244,7 @@ def test_a_site_without_a_gateway_stays_up_tries_and_says_so(site, running):
     running.terminate()
     _, told = running.communicate(timeout=60)
     assert running.returncode == 0
-    assert "refused; the SuperNode goes on trying" in told
+    assert "(Connection refused); the SuperNode goes on trying" in told
     assert "runner ended with -9; it is started again in 0.5 s" in told
     assert not [one for one in family if alive(one)]
     events = [(record.operation, record.outcome) for record in SecurityLog.of_folder(site.folder).verify()]
