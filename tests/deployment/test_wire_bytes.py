@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 from connect_proxy import LEAVES_BY
+from flwr.app import Array
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import PushObjectRequest
-from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from network import HOST, Campaign
 
@@ -89,10 +90,17 @@ def left(finished: Campaign) -> list[Request]:
     return found
 
 
+def known_to_the_coordinator(finished: Campaign) -> dict[str, bytes]:
+    """The arrays of its own orders by Flower's number: Flower does not send what the other side has already."""
+    start = read_weights(finished.run.warm_start / "generator.safetensors")
+    arrays = [Array(np.asarray(array)) for array in start.arrays.values()]
+    return {number: one.deflate() for array in arrays for number, one in get_all_nested_objects(array).items()}
+
+
 @pytest.fixture(scope="module")
-def pushed(left: list[Request]) -> list[Pushed]:
+def pushed(finished: Campaign, left: list[Request]) -> list[Pushed]:
     """The replies in it, put together again from their pieces."""
-    contents, sizes = {}, {}
+    contents, sizes = known_to_the_coordinator(finished), {}
     for request in left:
         if request.path.endswith("push-object"):
             piece = PushObjectRequest.FromString(request.body)
