@@ -12,17 +12,22 @@ How a node gets its name
 - Flower's simulation engine knows no names: it registers its nodes one after the other, partition 0
   first, under random ids. Only for a simulated run (`unnamed_in_order`) the n-th registered node is
   therefore the n-th approved name, which is the site that its partition number selects.
+
+A SuperNode holds its order in memory. One that was started anew has forgotten it, and the SuperLink, which has handed
+it out, would keep silent until the deadline. The SuperLink says when a node has become active, so such a node is given
+the same order again; a site that had worked on it answers from its store and pays nothing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Final, Protocol
 
+import structlog
 from flwr.app import Message
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
@@ -35,6 +40,9 @@ from common.protocol.messages import Order, Reply
 TTL_MARGIN_S: Final = 300.0
 _POLL_FIRST_S: Final = 0.05
 _POLL_LAST_S: Final = 3.0
+_LOOK_S: Final = 5.0  # between two looks for sites that were started anew
+
+log = structlog.get_logger(__name__)
 
 
 class NoReplyReason(StrEnum):
@@ -129,20 +137,23 @@ class GridSites:
         if unknown:
             raise ValueError(f"orders for sites that the study does not approve: {unknown}")
         nodes = self._connected(tuple(orders))
+        end = self._clock() + deadline_s
         answers: dict[str, Reply | NoReply] = {
             name: NoReply(reason=NoReplyReason.DEADLINE if name in nodes else NoReplyReason.NOT_CONNECTED)
             for name in orders
         }
-        waiting = self._send({name: orders[name] for name in orders if name in nodes}, nodes, deadline_s, answers)
-        self._collect(waiting, nodes, deadline_s, answers)
+        waiting = self._send({name: orders[name] for name in orders if name in nodes}, nodes, deadline_s)
+        for name in set(nodes).intersection(orders) - set(waiting.values()):
+            answers[name] = NoReply(reason=NoReplyReason.NOT_SENT)
+        answers.update(self._collect(waiting, orders, nodes, end))
         return answers
 
-    def _connected(self, wanted: tuple[str, ...]) -> dict[str, int]:
-        """Node id by approved name, after waiting at most `connect_wait_s` for the wanted ones."""
+    def _connected(self, wanted: tuple[str, ...]) -> dict[str, NodeInfo]:
+        """Node by approved name, after waiting at most `connect_wait_s` for the wanted ones."""
         end = self._clock() + self._connect_wait_s
         pause = _POLL_FIRST_S
         while True:
-            nodes = _node_ids(self._vouched(), self._names, self._unnamed_in_order)
+            nodes = _by_name(self._vouched(), self._names, self._unnamed_in_order)
             if all(name in nodes for name in wanted) or self._clock() >= end:
                 return nodes
             self._sleep(pause)
@@ -159,15 +170,14 @@ class GridSites:
     def _send(
         self,
         orders: Mapping[str, Order],
-        nodes: Mapping[str, int],
+        nodes: Mapping[str, NodeInfo],
         deadline_s: float,
-        answers: dict[str, Reply | NoReply],
     ) -> dict[str, str]:
-        """Push all orders; returns site name by message id."""
+        """Push all orders; returns site name by message id of those that could be delivered."""
         messages = [
             Message(
                 codec.encode(order),
-                dst_node_id=nodes[name],
+                dst_node_id=nodes[name].node_id,
                 message_type=codec.message_type(order),
                 # Flower's default of 12 hours would drop the reply of a longer training.
                 ttl=deadline_s + TTL_MARGIN_S,
@@ -177,45 +187,54 @@ class GridSites:
         ]
         if not messages:
             return {}
-        waiting: dict[str, str] = {}
         ids = list(self._grid.push_messages(messages))
         # A Grid may return fewer ids or None for what it could not deliver, in the order of the messages.
-        for name, message_id in zip(orders, ids + [""] * (len(orders) - len(ids)), strict=True):
-            if message_id:
-                waiting[str(message_id)] = name
-            else:
-                answers[name] = NoReply(reason=NoReplyReason.NOT_SENT)
-        return waiting
+        return {str(message_id): name for name, message_id in zip(orders, ids, strict=False) if message_id}
 
     def _collect(
-        self,
-        waiting: dict[str, str],
-        nodes: Mapping[str, int],
-        deadline_s: float,
-        answers: dict[str, Reply | NoReply],
-    ) -> None:
+        self, waiting: dict[str, str], orders: Mapping[str, Order], nodes: dict[str, NodeInfo], end: float
+    ) -> Iterator[tuple[str, Reply | NoReply]]:
         """Pull until every order is answered or the deadline has passed; the first reply to an order counts."""
-        end = self._clock() + deadline_s
-        pause = _POLL_FIRST_S
+        pause, look = _POLL_FIRST_S, self._clock() + _LOOK_S
         while waiting:
             for message in self._grid.pull_messages(tuple(waiting)):
                 # An error reply comes from the SuperLink's own node id: only this field says whose it is.
                 name = waiting.get(message.metadata.reply_to_message_id)
                 if name is None:
                     continue
-                if message.has_content() and message.metadata.src_node_id != nodes[name]:
+                if message.has_content() and message.metadata.src_node_id != nodes[name].node_id:
                     continue  # someone else answers for this site
-                del waiting[message.metadata.reply_to_message_id]
-                answers[name] = _read(message)
+                for answered in [one for one, whose in waiting.items() if whose == name]:
+                    del waiting[answered]
+                yield name, _read(message)
             if not waiting or self._clock() >= end:
                 return
+            if self._clock() >= look:
+                self._give_again(waiting, orders, nodes, end)
+                look = self._clock() + _LOOK_S
             self._sleep(min(pause, max(0.0, end - self._clock())))
             pause = min(2 * pause, _POLL_LAST_S)
 
+    def _give_again(
+        self, waiting: dict[str, str], orders: Mapping[str, Order], nodes: dict[str, NodeInfo], end: float
+    ) -> None:
+        """Send its order again to each site that has become active since it got it; `waiting`, `nodes` then know."""
+        there = _by_name(self._vouched(), self._names, self._unnamed_in_order)
+        anew = {
+            name: there[name]
+            for name in set(waiting.values()).intersection(there)
+            if there[name].last_activated_at != nodes[name].last_activated_at
+        }
+        sent = self._send({name: orders[name] for name in anew}, anew, max(0.0, end - self._clock()))
+        for message_id, name in sent.items():
+            log.info("order given again", site=name, kind=codec.message_type(orders[name]))
+            waiting[message_id] = name
+            nodes[name] = anew[name]
 
-def _node_ids(nodes: Iterable[NodeInfo], names: tuple[str, ...], unnamed_in_order: bool) -> dict[str, int]:
-    """Node id by approved name among the connected nodes."""
-    named: dict[str, int] = {}
+
+def _by_name(nodes: Iterable[NodeInfo], names: tuple[str, ...], unnamed_in_order: bool) -> dict[str, NodeInfo]:
+    """Node by approved name among the connected ones."""
+    named: dict[str, NodeInfo] = {}
     unnamed: list[NodeInfo] = []
     for node in nodes:
         if not node.name:
@@ -226,10 +245,10 @@ def _node_ids(nodes: Iterable[NodeInfo], names: tuple[str, ...], unnamed_in_orde
                 "Unregister the one that does not belong to this site."
             )
         elif node.name in names:
-            named[node.name] = node.node_id
+            named[node.name] = node
     if unnamed_in_order and not named:
         unnamed.sort(key=lambda node: datetime.fromisoformat(node.registered_at))
-        named = {name: node.node_id for name, node in zip(names, unnamed, strict=False)}
+        named = dict(zip(names, unnamed, strict=False))
     return named
 
 

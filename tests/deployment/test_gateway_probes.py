@@ -80,8 +80,8 @@ def raw(net: Network, data: bytes) -> bytes:
         socket.create_connection(net.address, timeout=30, source_address=("127.0.0.3", 0)) as plain,
         trusting(net).wrap_socket(plain, server_hostname=HOST) as stream,
     ):
-        stream.sendall(data)
         try:
+            stream.sendall(data)
             return stream.recv(4096).split(b"\r\n")[0]
         except (ConnectionError, ssl.SSLEOFError):
             return b""

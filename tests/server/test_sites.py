@@ -135,6 +135,55 @@ def test_an_order_outlives_its_deadline_on_the_wire():
     assert seen[0].metadata.ttl == 90_000.0 + TTL_MARGIN_S
 
 
+class RestartedGrid(LocalGrid):
+    """The SuperNode of site-2 is killed while it holds an order, as often as `lost`, and comes back."""
+
+    def __init__(self, lost: int, seen: list[Message]) -> None:
+        super().__init__(answering_app(seen), NAMES, {})
+        self._lost, self._active, self.now = lost, 1, 0.0
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [
+            NodeInfo(
+                node_id=n.node_id, name=n.name, last_activated_at=f"{self._active if n.name == 'site-2' else 1} o'clock"
+            )
+            for n in super().get_nodes()
+        ]
+
+    def deliver(self, message: Message) -> list[Message]:
+        replies = super().deliver(message)
+        if message.metadata.dst_node_id != 1002 or self._lost == 0:
+            return replies
+        self._lost -= 1
+        self._active += 1
+        return []
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("lost", "orders"), [(0, 1), (1, 2), (2, 3)])
+def test_a_site_that_came_back_is_given_its_order_again_and_nobody_else_is(lost: int, orders: int):
+    seen: list[Message] = []
+    grid = RestartedGrid(lost, seen)
+    sites = GridSites(grid, NAMES, connect_wait_s=0.0, clock=lambda: grid.now, sleep=grid.sleep)
+    assert sites.ask(dict.fromkeys(NAMES, ORDER), 600.0) == {f"site-{i}": statement(i) for i in (1, 2, 3)}
+    assert [m.metadata.dst_node_id for m in seen].count(1002) == orders
+    assert len(seen) == orders + 2
+    assert grid.now < 60  # and not the deadline
+    assert len({codec.digest(codec.decode_order(m.content)) for m in seen}) == 1
+
+
+def test_a_site_that_stays_away_is_not_asked_again():
+    seen: list[Message] = []
+    grid = RestartedGrid(0, seen)
+    grid.deliver = lambda message: seen.append(message) or []
+    sites = GridSites(grid, NAMES, connect_wait_s=0.0, clock=lambda: grid.now, sleep=grid.sleep)
+    answers = sites.ask({"site-2": ORDER}, 600.0)
+    assert answers == {"site-2": NoReply(reason=NoReplyReason.DEADLINE)}
+    assert len(seen) == 1
+
+
 class NamelessGrid(LocalGrid):
     """As Flower's simulation engine: random ids in no order, no names, only times of registration."""
 
