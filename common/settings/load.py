@@ -124,6 +124,7 @@ def study_problems(study: Study) -> list[str]:
         *_game_problems(study),
         *_canary_problems(study),
         *_audit_problems(study),
+        *_course_problems(study),
     ]
 
 
@@ -211,6 +212,21 @@ def _audit_problems(study: Study) -> Iterator[str]:
         yield (
             f"release.volumes: {study.release.volumes} are more than the {audit.volumes} of audit.volumes that "
             "patients are compared with; every released volume is audited"
+        )
+
+
+def _course_problems(study: Study) -> Iterator[str]:
+    course, rounds = study.course, study.training.rounds
+    if course is None:
+        return
+    if course.every_rounds > rounds:
+        yield f"course.every_rounds: {course.every_rounds} is more than the {rounds} rounds; there would be no point"
+    cost = len(course.rounds(rounds)) * course.epsilon_per_answer
+    if not course.exact and cost > study.privacy.epsilon_cap:
+        yield (
+            f"course: {len(course.rounds(rounds))} answers of epsilon {course.epsilon_per_answer:g} cost each held-out "
+            f"patient {cost:g}, above privacy.epsilon_cap {study.privacy.epsilon_cap:g}; raise every_rounds or lower "
+            "epsilon_per_answer"
         )
 
 

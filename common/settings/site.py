@@ -93,6 +93,7 @@ class OrderKind(StrEnum):
     CANARIES = "canaries"
     SCORE = "score"
     UTILITY = "utility"
+    COURSE = "course"
     STATEMENT = "statement"
 
 

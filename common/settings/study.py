@@ -251,8 +251,44 @@ class UtilitySettings(Settings):
     epsilon_per_answer: Positive = 1.0
 
 
+class CourseAnswers(StrEnum):
+    """What the sites are asked in the course of training."""
+
+    EXACT = "exact"  # utility, fidelity and attacks, without noise: a research simulation alone
+    PAID = "paid"  # utility on held-out patients, with noise and charged to them
+
+
+class CourseSettings(Settings):
+    """Utility, and in a research simulation fidelity and attacks, after every few rounds; and which round is audited.
+
+    every_rounds: a point after each such number of rounds. volumes, training_steps: synthetic volumes of the round,
+    and steps of the segmenter that learns from them. epsilon_per_answer: pure epsilon that a `paid` point costs each
+    held-out patient. max_auc, epsilon_cap: of the rule that chooses the point of highest utility among those whose
+    attack on the generator stays, with its upper bound, at most at `max_auc`, and whose training has spent at most
+    `epsilon_cap`; null sets no cap. Where answers are `paid` nothing is attacked before the audit, and only the cap
+    binds.
+    """
+
+    every_rounds: Annotated[int, Field(ge=1)]
+    volumes: Annotated[int, Field(ge=16)] = 64
+    training_steps: Annotated[int, Field(ge=1)] = 150
+    answers: Annotated[CourseAnswers, Field(strict=False)] = CourseAnswers.PAID
+    epsilon_per_answer: Positive = 0.25
+    max_auc: Annotated[float, Field(gt=0.5, le=1)] = 0.60
+    epsilon_cap: Positive | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether answers have no noise."""
+        return self.answers is CourseAnswers.EXACT
+
+    def rounds(self, training_rounds: int) -> tuple[int, ...]:
+        """After which rounds of so many there is a point."""
+        return tuple(range(self.every_rounds, training_rounds + 1, self.every_rounds))
+
+
 class Study(Settings):
-    """One federated campaign."""
+    """One federated campaign. A `course` that is null is not part of its JSON: studies from before it keep theirs."""
 
     study: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     purpose: Annotated[str, Field(min_length=10)]
@@ -269,3 +305,4 @@ class Study(Settings):
     audit: AuditSettings = AuditSettings()
     release: ReleaseSettings = ReleaseSettings()
     utility: UtilitySettings = UtilitySettings()
+    course: CourseSettings | None = Field(default=None, exclude_if=lambda course: course is None)
