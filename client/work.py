@@ -83,7 +83,7 @@ def read_patients(settings: SiteSettings, study: Study, observer: Observer) -> M
     """
     if isinstance(settings.data, PhantomSource):
         return draw_phantoms(settings.data, study)
-    ingested = ingest(settings.data, study, part=settings.part, observer=observer)
+    ingested = ingest(settings.data, study, part=settings.part, part_by=settings.part_by, observer=observer)
     write_atomic(Path(settings.state) / INGEST_REPORT, ingested.report.to_json().encode(), mode=0o600)
     return ingested.patients
 
