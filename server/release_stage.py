@@ -23,7 +23,7 @@ from common.evidence.canonical import Json, sha256_hex
 from common.evidence.chain import EvidenceChain
 from common.evidence.predicate import STATEMENTS_RECORD, Outcome
 from common.evidence.verification import DECISION, EVIDENCE
-from common.generator.network import PairGenerator, generator_from
+from common.generator.network import StudyGenerator, generator_from
 from common.generator.sampling import sample_batches, sample_pairs
 from common.generator.weights import Weights
 from common.phantom.draw import public_phantoms
@@ -96,7 +96,7 @@ class Trained:
         return tuple(name for name in self.participants if any(name in record.replies for record in self.rounds))
 
     @property
-    def network(self) -> PairGenerator:
+    def network(self) -> StudyGenerator:
         """The generator, ready to sample."""
         return generator_from(self.study, self.generator)
 

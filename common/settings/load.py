@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from common.errors import SettingsError
 from common.settings.by_rule import fill
-from common.settings.study import AttackName, Lipschitz, Loss, PrivacySettings, Settings, Study
+from common.settings.study import AttackName, Family, Lipschitz, Loss, PrivacySettings, Settings, Study
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -31,6 +31,8 @@ GRID_SMALLEST, GRID_LARGEST = 16, 128
 MOST_FEATURES = 128  # of a warm-up release
 _FEWEST_COMPARED = 64  # volumes: the components that densities are fitted in
 _LARGEST_CANARIES_MIB = 512
+TRGAN_SMALLEST_LATENT = 32  # of which 23 are the lesion, see `common.generator.lesions`
+TRGAN_FEWEST_VOXELS = 12  # of the longest edge, along the grid's shortest side
 LABEL_LARGEST = 255  # label volumes are uint8
 
 
@@ -122,6 +124,7 @@ def study_problems(study: Study) -> list[str]:
         *_warm_up_problems(study),
         *_threshold_problems(study),
         *_game_problems(study),
+        *_trgan_problems(study),
         *_canary_problems(study),
         *_audit_problems(study),
         *_course_problems(study),
@@ -192,6 +195,46 @@ def _game_problems(study: Study) -> Iterator[str]:
             "training.critic_steps_per_generator_step: `adaptive` asks whether the critic tells generated volumes, and "
             "the Wasserstein loss has no boundary between real and generated; take hinge or nonsaturating, or a number"
         )
+
+
+def _trgan_problems(study: Study) -> Iterator[str]:
+    """What a generator that paints slices on one procedural lesion cannot do."""
+    if study.family is not Family.TRGAN:
+        return
+    training, grid = study.training, study.grid
+    if len(study.labels) != 1:
+        yield f"labels: family trgan paints on the mask of one label, got {len(study.labels)}; join them, or take wgan"
+    if training.latent_size < TRGAN_SMALLEST_LATENT:
+        yield (
+            f"training.latent_size: {training.latent_size} is too small for family trgan, which takes 23 numbers for "
+            f"the lesion alone; at least {TRGAN_SMALLEST_LATENT} are needed"
+        )
+    shortest = min(n * s for n, s in zip(grid.shape, grid.spacing_mm, strict=True))
+    if max(grid.spacing_mm) * TRGAN_FEWEST_VOXELS > shortest:
+        yield (
+            f"grid: the shortest side is {shortest:g} mm and a voxel up to {max(grid.spacing_mm):g} mm long; family "
+            f"trgan draws lesions that need {TRGAN_FEWEST_VOXELS} such voxels along every side"
+        )
+    if training.mode == "paper":
+        yield from _published_trgan_problems(study)
+
+
+def _published_trgan_problems(study: Study) -> Iterator[str]:
+    """The published TrGAN is one recipe, and has no differential privacy."""
+    training = study.training
+    if study.privacy.target_epsilon is not None:
+        yield (
+            "training.mode: `paper` is TrGAN as published, which has no differential privacy; set "
+            "privacy.target_epsilon: null for research in simulation, or take mode: platform"
+        )
+    stated = {
+        "loss": (training.loss, Loss.WASSERSTEIN),
+        "lipschitz": (training.lipschitz, Lipschitz.PROJECTION),
+        "critic_steps_per_generator_step": (training.critic_steps_per_generator_step, 1),
+    }
+    for key, (is_now, published) in stated.items():
+        if is_now != published:
+            yield f"training.{key}: `mode: paper` of family trgan has {published}, got {is_now}"
 
 
 def _audit_problems(study: Study) -> Iterator[str]:

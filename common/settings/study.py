@@ -23,7 +23,8 @@ Positive = Annotated[float, Field(gt=0)]
 class Family(StrEnum):
     """Generator families."""
 
-    WGAN = "wgan"
+    WGAN = "wgan"  # image and labels together, in three dimensions
+    TRGAN = "trgan"  # slices of an image painted on a procedural lesion
 
 
 class PhantomKind(StrEnum):
@@ -31,6 +32,7 @@ class PhantomKind(StrEnum):
 
     VESSELS = "vessels"
     HIPPOCAMPUS = "hippocampus"
+    LESIONS = "lesions"
 
 
 class GridSettings(Settings):
