@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from common.errors import SettingsError
 from common.settings.by_rule import fill
-from common.settings.study import AttackName, Family, Lipschitz, Loss, PrivacySettings, Settings, Study
+from common.settings.study import AttackName, Family, Lipschitz, Loss, PrivacySettings, Settings, Strategy, Study
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -128,6 +128,7 @@ def study_problems(study: Study) -> list[str]:
         *_canary_problems(study),
         *_audit_problems(study),
         *_course_problems(study),
+        *_ensemble_problems(study),
     ]
 
 
@@ -270,6 +271,27 @@ def _course_problems(study: Study) -> Iterator[str]:
             f"course: {len(course.rounds(rounds))} answers of epsilon {course.epsilon_per_answer:g} cost each held-out "
             f"patient {cost:g}, above privacy.epsilon_cap {study.privacy.epsilon_cap:g}; raise every_rounds or lower "
             "epsilon_per_answer"
+        )
+
+
+def _ensemble_problems(study: Study) -> Iterator[str]:
+    federation, rounds = study.federation, study.training.rounds
+    if federation.strategy is not Strategy.ENSEMBLE:
+        return
+    if federation.fine_tune_rounds > rounds:
+        yield (
+            f"federation.fine_tune_rounds: {federation.fine_tune_rounds} are more than the {rounds} of training.rounds, "
+            "whose last ones they are"
+        )
+    if federation.distil_volumes < study.warm_start.batch:
+        yield (
+            f"federation.distil_volumes: {federation.distil_volumes} are fewer than the {study.warm_start.batch} of "
+            "warm_start.batch, in which the student takes them"
+        )
+    if study.course is not None:
+        yield (
+            "course: it chooses among averaged generators, and `federation.strategy: ensemble` releases a student of "
+            "the sites' own; leave one of the two out"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from common.volume.volume import Grid
 
@@ -153,13 +153,51 @@ class WarmUpSettings(Settings):
         return 2 * self.components + labels * (offsets + self.volume_bins) + (labels + 1) * self.histogram_bins
 
 
+class Strategy(StrEnum):
+    """What becomes of the sites' generators."""
+
+    FEDAVG = "fedavg"  # averaged after every round
+    ENSEMBLE = "ensemble"  # averaged, then trained on by each site alone; one student learns from them all
+
+
 class FederationSettings(Settings):
-    """Who must answer. Weights of sites are public and equal unless stated."""
+    """Who must answer, and what becomes of the answers. Weights of sites are public and equal unless stated.
+
+    fine_tune_rounds: of an `ensemble`: the last so many of `training.rounds`, in which each site goes on with its own
+    generator. Same plan and same budget. distil_steps, distil_volumes: of the student that is audited and released:
+    its training steps, and the volumes of the sites' generators that it learns from. Neither costs any privacy.
+    """
 
     quorum: Annotated[int, Field(ge=1)] = 2
     deadline_s: Positive = 3600.0
     server_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     minimum_patients: Annotated[int, Field(ge=2)] = 20
+    strategy: Annotated[Strategy, Field(strict=False)] = Strategy.FEDAVG
+    fine_tune_rounds: Annotated[int, Field(ge=0)] = 0
+    distil_steps: Annotated[int, Field(ge=1)] = 400
+    distil_volumes: Annotated[int, Field(ge=16)] = 512
+
+    @model_validator(mode="after")
+    def _only_an_ensemble_is_distilled(self) -> FederationSettings:
+        if self.strategy is Strategy.ENSEMBLE:
+            if self.fine_tune_rounds == 0:
+                raise ValueError("strategy ensemble needs fine_tune_rounds of at least 1: without them no site differs")
+            return self
+        for key in _OF_AN_ENSEMBLE:
+            if getattr(self, key) != FederationSettings.model_fields[key].default:
+                raise ValueError(f"{key} is of strategy ensemble only; leave it out, or state that strategy")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before_ensembles(self, usual: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """A study without an ensemble keeps the JSON, and so the digest, that it had before there were any."""
+        whole: dict[str, object] = usual(self)
+        if self.strategy is Strategy.FEDAVG:
+            return {key: value for key, value in whole.items() if key not in {"strategy", *_OF_AN_ENSEMBLE}}
+        return whole
+
+
+_OF_AN_ENSEMBLE = ("fine_tune_rounds", "distil_steps", "distil_volumes")
 
 
 class AttackName(StrEnum):
