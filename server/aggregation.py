@@ -40,7 +40,8 @@ def screen(
 ) -> Screened:
     """Leave out a site whose update is more than `factor` times as long as the median update.
 
-    starts: what each site was sent. It limits what one broken or hostile site can do to everybody's generator; it is no privacy measure.
+    starts: what each site was sent. It limits what one broken or hostile site can do to everybody's generator; it is no
+    privacy measure.
     """
     if len(replies) < NORM_SCREEN_SITES:
         return Screened(kept=tuple(replies), excluded={})

@@ -3,7 +3,7 @@
 (1) warm start on public phantoms; its digest goes into every enrolment
 (2) enrolment: who takes part, hold-outs committed; the audit's plan fixed
 (3) warm-up, where the study has one: noised sums of public features, and the public start fitted to them
-(4) rounds
+(4) rounds; for an ensemble, one student distilled from the sites' own generators
 (5) canaries: did training deliver the epsilon it claims; audit: scores, then verdict
 (6) candidates drawn and quarantined
 (7) utility
@@ -21,7 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
@@ -35,16 +35,18 @@ from common.evidence.atomic import write_atomic
 from common.evidence.chain import EvidenceChain
 from common.evidence.predicate import ENROLMENT_RECORD, CohortEpsilon, DecisionFacts, Outcome
 from common.generator.network import read_weights, save_weights
+from common.generator.weights import Weights
 from common.measure.audit_plan import AuditPlan
 from common.privacy.calibration import plan_of
 from common.privacy.mechanism import Plan
 from common.privacy.mechanism_json import mechanism_json
 from common.settings.load import study_digest
-from common.settings.study import Study
+from common.settings.study import Strategy, Study
 from common.telemetry.events import CampaignStarted, Observer, StageFinished
 from server.audit.result import MechanismAudit
 from server.audit_stage import AuditFolder, Question, conduct_audit, fix_plan
-from server.checkpoint import CheckpointStore
+from server.checkpoint import Checkpoint, CheckpointStore
+from server.distillation import DISTILLATION_RECORD, distillation
 from server.enrolment import Enrolment, enrol, enrolment_from
 from server.evidence_log import append_once, last_record
 from server.mechanism_stage import CANARIES_RECORD, conduct_mechanism_audit, has_claim_to_check
@@ -278,7 +280,7 @@ def _train(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolme
             warmed.generator if warmed else public.generator,
         )
         ended(f"{last.record.round} rounds")
-    return Trained(
+    trained = Trained(
         study=campaign.study,
         plan=plan,
         enrolment=enrolment,
@@ -286,6 +288,30 @@ def _train(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolme
         rounds=tuple(store.records()),
         released=tuple(warmed.sums) if warmed else (),
     )
+    return replace(trained, generator=_distilled(campaign, trained, last, public))
+
+
+def _distilled(campaign: Campaign, trained: Trained, last: Checkpoint, public: WarmStart) -> Weights:
+    """The end of stage (4): what is audited, from disk when it is there."""
+    if campaign.study.federation.strategy is Strategy.FEDAVG:
+        return trained.generator
+    # A site that missed every fine-tune round speaks through the common generator, which it helped to train.
+    generators = {name: last.own.get(name, last.weights) for name in trained.trainers}
+    with campaign.stage(DISTILLATION_RECORD) as ended:
+        student = distillation(
+            campaign.study,
+            generators,
+            campaign.run.distillation,
+            common=last.average,
+            public=public,
+            site_weights=dict.fromkeys(generators, EQUAL_WEIGHT),
+            seed=derive(campaign.seed, DISTILLATION_RECORD),
+            chain=campaign.chain,
+            observer=campaign.observer,
+            now=campaign.now,
+        )
+        ended(f"of {len(generators)} generators")
+    return student
 
 
 def _guess_canaries(campaign: Campaign, trained: Trained) -> MechanismAudit | None:

@@ -2,8 +2,8 @@
 
 A round's checkpoint is two files: `round-0003.safetensors` with the arrays `global/...` (trained on in the
 next round), where the study averages over rounds `average/...`, and after a fine-tune round `site/NAME/...` of each
-site that has a generator of its own; then `round-0003.json`, whose presence says that the round is complete. A crash between the two repeats the round, for which the sites
-answer from their caches.
+site that has a generator of its own; then `round-0003.json`, whose presence says that the round is complete. A crash
+between the two repeats the round, for which the sites answer from their caches.
 """
 
 from __future__ import annotations

@@ -5,10 +5,14 @@ like the latents the generator will be fed; the generator learns to decode them.
 law, it is shown the phantom's own, which is nobody's, and the code says only what the mask does not: how hot the lesion
 is, and how everything around it looks. (2) The critic learns to tell
 phantoms from generated volumes while the generator answers, in the game the sites will play.
+
+`reconstruct` and `play` take their pairs from anywhere public: `server.distillation` gives them volumes of the sites'
+generators, for the same two lessons.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -51,13 +55,30 @@ def warm_start(study: Study, seed: int, observer: Observer, device: str = "cpu")
     phantoms = public_phantoms(study, seed, study.warm_start.volumes)
     generator, critic = build_generator(study, seed).to(device), build_critic(study, seed).to(device)
     rng = torch.Generator().manual_seed(seed)
-    game_steps = round(GAME_SHARE * study.warm_start.steps)
-    steps = study.warm_start.steps - game_steps
+    total = study.warm_start.steps
+    game_steps = round(GAME_SHARE * total)
+    steps = total - game_steps
     if steps:
-        _decode(study, generator=generator, phantoms=phantoms, steps=steps, rng=rng, observer=observer)
+        codes = torch.from_numpy(phantom_codes(phantoms, study))
+        reconstruct(
+            study,
+            generator=generator,
+            output=lambda chosen, pairs: _decoded(generator, _blurred(codes[chosen], rng).to(device), pairs[:, 1:]),
+            pairs=phantoms,
+            steps=steps,
+            learning_rate=DECODER_LEARNING_RATE,
+            rng=rng,
+            done=lambda step: observer(Progress(task=TASK, done=step, total=total)),
+        )
     if game_steps:
-        _play(
-            study, generator=generator, critic=critic, phantoms=phantoms, steps=game_steps, rng=rng, observer=observer
+        play(
+            study,
+            generator=generator,
+            critic=critic,
+            pairs=phantoms,
+            steps=game_steps,
+            rng=rng,
+            done=lambda step: observer(Progress(task=TASK, done=steps + step, total=total)),
         )
     return WarmStart(generator=weights_of(generator), critic=weights_of(critic))
 
@@ -137,46 +158,58 @@ def reconstruction_loss(output: Tensor, pairs: Tensor) -> Tensor:
     return IMAGE_WEIGHT * image + LABEL_WEIGHT * cross_entropy + (1.0 - dice).mean()
 
 
-def _decode(
+def reconstruct(
     study: Study,
     *,
     generator: StudyGenerator,
-    phantoms: NDArray[np.float16],
+    output: Callable[[Tensor, Tensor], Tensor],
+    pairs: NDArray[np.float16],
     steps: int,
+    learning_rate: float,
     rng: torch.Generator,
-    observer: Observer,
+    done: Callable[[int], None],
 ) -> None:
-    """Phase (1). Codes are blurred with noise of their own scale, so that every latent lies near a trained one."""
+    """Phase (1): the generator learns to give `pairs`, (n, 1+K, D, H, W).
+
+    output: what it gives for the chosen ones, from their numbers and themselves. done: told the number of each step.
+    """
     device = next(generator.parameters()).device
-    codes = torch.from_numpy(phantom_codes(phantoms, study))
-    optimiser = torch.optim.Adam(generator.parameters(), lr=DECODER_LEARNING_RATE, betas=(0.5, 0.99))
+    optimiser = torch.optim.Adam(generator.parameters(), lr=learning_rate, betas=(0.5, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, DECODER_LEARNING_RATE, total_steps=steps + 1, pct_start=0.2, cycle_momentum=False
+        optimiser, learning_rate, total_steps=steps + 1, pct_start=0.2, cycle_momentum=False
     )
-    keep = (1.0 - CODE_NOISE**2) ** 0.5  # latents keep unit variance
     for step in range(steps):
-        chosen = torch.randint(len(phantoms), (study.warm_start.batch,), generator=rng)
-        pairs = torch.from_numpy(phantoms[chosen.numpy()].astype(np.float32)).to(device)
-        code = keep * codes[chosen] + CODE_NOISE * torch.randn(codes[chosen].shape, generator=rng)
-        loss = reconstruction_loss(_decoded(generator, code.to(device), pairs[:, 1:]), pairs)
+        chosen = torch.randint(len(pairs), (study.warm_start.batch,), generator=rng)
+        wanted = torch.from_numpy(pairs[chosen.numpy()].astype(np.float32)).to(device)
+        loss = reconstruction_loss(output(chosen, wanted), wanted)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
-        observer(Progress(task=TASK, done=step + 1, total=study.warm_start.steps))
+        done(step + 1)
 
 
-def _play(
+def _blurred(codes: Tensor, rng: torch.Generator) -> Tensor:
+    """Codes with noise of their own scale, so that every latent lies near a trained one. They keep unit variance."""
+    keep = (1.0 - CODE_NOISE**2) ** 0.5
+    blurred: Tensor = keep * codes + CODE_NOISE * torch.randn(codes.shape, generator=rng)
+    return blurred
+
+
+def play(
     study: Study,
     *,
     generator: StudyGenerator,
     critic: Critic,
-    phantoms: NDArray[np.float16],
+    pairs: NDArray[np.float16],
     steps: int,
     rng: torch.Generator,
-    observer: Observer,
+    done: Callable[[int], None],
 ) -> None:
-    """Phase (2): the sites' game on phantoms, without noise; the generator keeps a moving average."""
+    """Phase (2): the sites' game on `pairs`, without noise; the generator keeps a moving average.
+
+    done: told the number of each step.
+    """
     device = next(generator.parameters()).device
     training = study.training
     stated = training.critic_steps_per_generator_step
@@ -184,12 +217,11 @@ def _play(
     critic_steps = critic_optimiser(critic.parameters(), study)
     generator_steps = generator_optimiser(generator.parameters(), study)
     average = [p.detach().clone() for p in generator.parameters()]
-    first = study.warm_start.steps - steps
     for step in range(steps):
-        pairs = _batch(phantoms, study.warm_start.batch, rng).to(device)
+        real = _batch(pairs, study.warm_start.batch, rng).to(device)
         with torch.no_grad():
             fakes = generator(_latents(study, rng).to(device))
-        loss = real_loss(training.loss, critic(pairs)) + fake_loss(training.loss, critic(fakes))
+        loss = real_loss(training.loss, critic(real)) + fake_loss(training.loss, critic(fakes))
         critic_steps.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         critic_steps.step()
@@ -198,16 +230,16 @@ def _play(
             generator_step(generator, critic, generator_steps, training.loss, _latents(study, rng).to(device))
             for mean, parameter in zip(average, generator.parameters(), strict=True):
                 mean.lerp_(parameter.detach(), 1.0 - training.generator_ema)
-        observer(Progress(task=TASK, done=first + step + 1, total=study.warm_start.steps))
+        done(step + 1)
     with torch.no_grad():
         for mean, parameter in zip(average, generator.parameters(), strict=True):
             parameter.copy_(mean)
 
 
-def _batch(phantoms: NDArray[np.float16], size: int, rng: torch.Generator) -> Tensor:
+def _batch(pairs: NDArray[np.float16], size: int, rng: torch.Generator) -> Tensor:
     """(size, 1+K, D, H, W) float32, drawn with replacement."""
-    chosen = torch.randint(len(phantoms), (size,), generator=rng).numpy()
-    return torch.from_numpy(phantoms[chosen].astype(np.float32))
+    chosen = torch.randint(len(pairs), (size,), generator=rng).numpy()
+    return torch.from_numpy(pairs[chosen].astype(np.float32))
 
 
 def _latents(study: Study, rng: torch.Generator) -> Tensor:

@@ -142,6 +142,11 @@ class RunFolder:
         return self.path / "warm-up"
 
     @property
+    def distillation(self) -> Path:
+        """The student of the sites' own generators; not created here."""
+        return self.path / "distillation"
+
+    @property
     def audit(self) -> Path:
         """Plan, answers and result of the audit."""
         return self.path / "audit"

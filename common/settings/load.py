@@ -280,8 +280,8 @@ def _ensemble_problems(study: Study) -> Iterator[str]:
         return
     if federation.fine_tune_rounds > rounds:
         yield (
-            f"federation.fine_tune_rounds: {federation.fine_tune_rounds} are more than the {rounds} of training.rounds, "
-            "whose last ones they are"
+            f"federation.fine_tune_rounds: {federation.fine_tune_rounds} are more than the {rounds} of "
+            "training.rounds, whose last ones they are"
         )
     if federation.distil_volumes < study.warm_start.batch:
         yield (
