@@ -1,4 +1,4 @@
-"""Fine-tune rounds of an ensemble: to each site its own generator and nobody else's; and a study without any is as ever."""
+"""Fine-tune rounds of an ensemble: to each site its own generator and nobody else's; without any, all is as ever."""
 
 import hashlib
 from collections.abc import Callable, Mapping
