@@ -13,7 +13,7 @@ from client.ledger_report import UTILITY_QUESTIONS
 from common.generator.network import build_generator
 from common.measure.audit_plan import make_plan
 from common.privacy.ledger_rows import Cohort
-from common.settings.study import AttackName, Question, Study
+from common.settings.study import AttackName, Question, Strategy, Study
 
 WIDTH: Final = 118
 _COLUMN: Final = 14
@@ -120,6 +120,11 @@ def leaves(study: Study) -> Iterator[str]:
         f"{training.rounds} times: the generator, {numbers:,} numbers ({_BYTES * numbers / 2**20:.1f} MiB), made from "
         "sums over patients with noise"
     )
+    if study.federation.strategy is Strategy.ENSEMBLE:
+        yield (
+            f"the last {study.federation.fine_tune_rounds} of these are of this hospital alone, not mixed with others "
+            "before the next; what is released learns from them"
+        )
     if study.audit.canaries > 0:
         yield f"once: how many of {study.audit.canaries} invented patients were recognised; about no real one"
     counts = sum(answer.bins * len(answer.groups) for answer in plan.answers.values())
