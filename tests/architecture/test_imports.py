@@ -35,6 +35,18 @@ HEAVY = {
 }
 # Agreed by both sides, used by one so far: the design's layout puts them in common, and says who comes next.
 SECOND_CUSTOMER_TO_COME = {
+    "common.measure.course": "a site shows its own course, with its critic's attack, to its own staff",
+    "common.measure.fidelity.comparison": "goes with fidelity",
+    "common.measure.fidelity.content_order": "goes with fidelity",
+    "common.measure.fidelity.distances": "goes with fidelity",
+    "common.measure.fidelity.diversity": "goes with fidelity",
+    "common.measure.fidelity.encoder": "goes with fidelity",
+    "common.measure.fidelity.fidelity": "a site compares a release with its own patients at home",
+    "common.measure.fidelity.grey_values": "goes with fidelity",
+    "common.measure.fidelity.precision_recall": "goes with fidelity",
+    "common.measure.fidelity.radiomics": "goes with fidelity",
+    "common.measure.private_choice": "a site that holds the scores draws the choice from its own stream",
+    "common.measure.surface_distance": "sites answer HD95 beside Dice",
     "common.measure.intervals": "sites state their own bounds (mechanism audit)",
     "common.measure.membership": "sites audit somebody else's synthetic set on their own",
     "common.measure.proven_epsilon": "sites state what their own audit of somebody else's synthetic set proves",
