@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from client.placement import shift_to_hold
 from common.settings.study import IntensitySettings
-from common.volume.placement import shift_to_hold
 from common.volume.prepare import prepare
 from common.volume.volume import Grid, Volume
 
