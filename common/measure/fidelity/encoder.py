@@ -105,7 +105,7 @@ class Encoder:
     @cached_property
     def _network(self) -> _Network:
         arrays = self.weights.arrays
-        network = _Network(arrays["stages.0.weight"].shape[1] - 1, len(arrays["told.bias"]))
+        network = _blank(arrays["stages.0.weight"].shape[1] - 1, len(arrays["told.bias"]))
         network.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
         return network.eval()
 
@@ -211,10 +211,15 @@ def _per_scan(values: Tensor) -> Tensor:
     return values.reshape(-1, 1, 1, 1, 1)
 
 
+def _blank(labels: int, told: int) -> _Network:
+    """Torch initialises from the global generator; fork it so that building moves nobody's randomness."""
+    with torch.random.fork_rng(devices=[]):
+        return _Network(labels, told)
+
+
 def _initialised(labels: int, told: int, rng: torch.Generator) -> _Network:
     """He initialisation from `rng` alone.  [He et al. 2015]"""
-    with torch.random.fork_rng(devices=[]):  # torch initialises from the global generator first
-        network = _Network(labels, told)
+    network = _blank(labels, told)
     for module in network.modules():
         if isinstance(module, nn.Conv3d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=rng)
