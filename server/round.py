@@ -69,8 +69,8 @@ def hold_rounds(
     """Hold every round that has no checkpoint yet; returns the last checkpoint.
 
     start: the public generator that round 1 begins with. after: called with each checkpoint before the next round, and
-    with the last one there is when a campaign goes on. Raises Unreachable after three rounds in a row
-    that could not be held, and IntegrityError when the last checkpoint is damaged.
+    with the last one there is when a campaign goes on. Raises Unreachable after three rounds in a row that could not be
+    held, and IntegrityError when the last checkpoint is damaged.
     """
     last = campaign.store.latest()
     if last is not None:

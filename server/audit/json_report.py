@@ -7,6 +7,7 @@ out: they show nothing that was measured.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -34,7 +35,10 @@ _NAME: Literal["urn:consilium:audit-report:v1"] = "urn:consilium:audit-report:v1
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
-    """What was promised and spent: the plan's public numbers, epsilon over sites, every round."""
+    """What was promised and spent: the plan's public numbers, epsilon over sites, every round.
+
+    federation: null when no site stated anything, and when no finite epsilon bounds it; `decision` then says infinite.
+    """
 
     unit: str
     delta: float
@@ -194,9 +198,13 @@ def _training(campaign: CampaignFacts) -> TrainingRecord:
         steps=plan.mechanism.steps,
         rounds_planned=plan.rounds,
         rounds=campaign.rounds,
-        federation=campaign.federation,
+        federation=campaign.federation if _is_finite(campaign.federation) else None,
         not_covered=wording.not_covered(campaign),
     )
+
+
+def _is_finite(federation: FederationEpsilon | None) -> bool:
+    return federation is not None and math.isfinite(federation.everywhere.upper)
 
 
 def _course(campaign: CampaignFacts) -> CourseRecord | None:
