@@ -29,7 +29,12 @@ HEAVY = {
     "opacus": {"client/training/clipping/opacus_samplers.py", "common/privacy/accounting.py"},
     "prometheus_client": {"common/telemetry/metrics.py", "common/telemetry/serving.py"},
     "monai": {"common/measure/segmentation.py"},
-    "matplotlib": {"server/audit/drawing.py", "server/audit/figures.py", "server/audit/attack_figures.py"},
+    "matplotlib": {
+        "server/audit/drawing.py",
+        "server/audit/figures.py",
+        "server/audit/attack_figures.py",
+        "server/audit/course_figures.py",
+    },
     "pydicom": {"common/volume/dicom.py"},
     "weasyprint": {"server/audit/pdf.py"},
 }
