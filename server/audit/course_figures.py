@@ -104,7 +104,7 @@ def _draw_front(axes: Axes, points: Sequence[CoursePoint], chosen: int | None) -
 
 def _ring(axes: Axes, at: Sequence[tuple[float, float]]) -> None:
     if at:
-        axes.scatter(*zip(*at, strict=True), s=110, facecolors="none", edgecolors=LIMIT, linewidths=1.4)
+        axes.scatter([x for x, _ in at], [y for _, y in at], s=110, facecolors="none", edgecolors=LIMIT, linewidths=1.4)
 
 
 def _round_axis(axes: Axes, rounds: Sequence[int]) -> None:
