@@ -186,9 +186,7 @@ def measure_utility(order: UtilityOrder, task: Task, head: LedgerHead) -> Utilit
     )
 
 
-def measure_course(
-    order: CourseOrder, task: Task, kept: Mapping[str, Tensor] | None, head: LedgerHead
-) -> CourseReply:
+def measure_course(order: CourseOrder, task: Task, kept: Mapping[str, Tensor] | None, head: LedgerHead) -> CourseReply:
     """Answer about the generator of a round. kept: what the last done round left. head: of the ledger, when paid for.
 
     What a priced answer has no business with is not handed to it.
