@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from client.placement import shift_to_hold
 from common.errors import DataError
 from common.settings.site import PartBy
 from common.settings.study import Study
@@ -35,7 +36,6 @@ from common.volume.dicom import AmbiguousMask, MaskOutside
 from common.volume.layouts import Layout, Reason, Refused, ScanPair, find_pairs
 from common.volume.nifti import NoOrientation, NotThreeDimensional
 from common.volume.pet_folders import MODALITY as PET
-from common.volume.placement import shift_to_hold
 from common.volume.prepare import orientation, prepare, to_ras
 from common.volume.reading import read_image, read_label
 from common.volume.spacing_groups import spacing_groups

@@ -3,7 +3,8 @@
 (1) warm start on public phantoms; its digest goes into every enrolment
 (2) enrolment: who takes part, hold-outs committed; the audit's plan fixed
 (3) warm-up, where the study has one: noised sums of public features, and the public start fitted to them
-(4) rounds; for an ensemble, one student distilled from the sites' own generators
+(4) rounds; where the study follows the course of training, points between them, and after the last one the choice of
+    the round that everything below is about; for an ensemble, one student distilled from the sites' own generators
 (5) canaries: did training deliver the epsilon it claims; audit: scores, then verdict
 (6) candidates drawn and quarantined
 (7) utility
@@ -46,6 +47,7 @@ from common.telemetry.events import CampaignStarted, Observer, StageFinished
 from server.audit.result import MechanismAudit
 from server.audit_stage import AuditFolder, Question, conduct_audit, fix_plan
 from server.checkpoint import Checkpoint, CheckpointStore
+from server.course_stage import CourseStage, read_course
 from server.distillation import DISTILLATION_RECORD, distillation
 from server.enrolment import Enrolment, enrol, enrolment_from
 from server.evidence_log import append_once, last_record
@@ -253,7 +255,9 @@ def _warm_up(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrol
 def _train(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolment, warmed: WarmedUp | None) -> Trained:
     """Stage (4)."""
     digest = study_digest(campaign.study)
-    store = CheckpointStore(campaign.run.checkpoints, study_digest=digest)
+    kept = campaign.study.course.rounds(plan.rounds) if campaign.study.course else ()
+    store = CheckpointStore(campaign.run.checkpoints, study_digest=digest, kept=kept)
+    course = _course(campaign, plan, store, enrolment, warmed)
     campaign.observer(
         CampaignStarted(
             study=campaign.study.study,
@@ -278,6 +282,7 @@ def _train(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolme
                 now=campaign.now,
             ),
             warmed.generator if warmed else public.generator,
+            after=course.after if course else lambda _: None,
         )
         ended(f"{last.record.round} rounds")
     trained = Trained(
@@ -288,7 +293,41 @@ def _train(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolme
         rounds=tuple(store.records()),
         released=tuple(warmed.sums) if warmed else (),
     )
+    if course is not None:
+        return _chosen(campaign, course, last, trained)
     return replace(trained, generator=_distilled(campaign, trained, last, public))
+
+
+def _course(
+    campaign: Campaign, plan: Plan, store: CheckpointStore, enrolment: Enrolment, warmed: WarmedUp | None
+) -> CourseStage | None:
+    if campaign.study.course is None:
+        return None
+    return CourseStage(
+        study=campaign.study,
+        settings=campaign.study.course,
+        plan=plan,
+        sites=campaign.sites,
+        run=campaign.run,
+        store=store,
+        participants=enrolment.names,
+        released=frozenset(warmed.sums) if warmed else frozenset(),
+        seed=campaign.seed,
+        chain=campaign.chain,
+        observer=campaign.observer,
+        now=campaign.now,
+    )
+
+
+def _chosen(campaign: Campaign, course: CourseStage, last: Checkpoint, trained: Trained) -> Trained:
+    """The end of stage (4): the training as it stood at the chosen round."""
+    with campaign.stage("course") as ended:
+        at, chosen = course.choose(last)
+        seconds, share = course.share_of_time()
+        how = "chosen" if chosen.row is not None else "kept, because the rule allows no point,"
+        ended(f"round {at.record.round} {how}; points took {seconds:.1f} s, {share:.1%} of the time")
+    measured = read_course(campaign.run)
+    return replace(trained, generator=at.average, chosen_round=at.record.round, course=measured, chosen=chosen)
 
 
 def _distilled(campaign: Campaign, trained: Trained, last: Checkpoint, public: WarmStart) -> Weights:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -65,11 +65,12 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """Checkpoints in one folder, which must exist."""
+    """Checkpoints in one folder, which must exist. kept: rounds whose arrays are never removed."""
 
-    def __init__(self, folder: Path, *, study_digest: str) -> None:
+    def __init__(self, folder: Path, *, study_digest: str, kept: Container[int] = ()) -> None:
         self._folder = folder
         self._study_digest = study_digest
+        self._kept = kept
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write the round, then drop arrays of rounds that are no longer needed."""
@@ -88,7 +89,7 @@ class CheckpointStore:
         }
         write_atomic(self._json(number), (json.dumps(body, indent=2, sort_keys=True) + "\n").encode())
         for old in self.rounds():
-            if old <= number - KEPT_ROUNDS:
+            if old <= number - KEPT_ROUNDS and old not in self._kept:
                 self._arrays(old).unlink(missing_ok=True)
 
     def rounds(self) -> list[int]:
@@ -103,6 +104,10 @@ class CheckpointStore:
         """
         rounds = self.rounds()
         return self._read(rounds[-1], earlier=rounds[:-1]) if rounds else None
+
+    def read(self, number: int) -> Checkpoint:
+        """The checkpoint of one round. Raises IntegrityError when it is damaged, or its arrays are not kept."""
+        return self._read(number, earlier=[earlier for earlier in self.rounds() if earlier < number])
 
     def records(self) -> list[RoundRecord]:
         """Facts of every round held so far. Raises IntegrityError for a damaged one."""

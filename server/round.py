@@ -67,20 +67,25 @@ class RoundNotHeld:
     excluded: tuple[SiteExcluded, ...]
 
 
-def hold_rounds(campaign: TrainingCampaign, start: Weights) -> Checkpoint:
+def hold_rounds(
+    campaign: TrainingCampaign, start: Weights, *, after: Callable[[Checkpoint], None] = lambda _: None
+) -> Checkpoint:
     """Hold every round that has no checkpoint yet; returns the last checkpoint.
 
-    start: the public generator that round 1 begins with. Raises Unreachable after three rounds in a row
-    that could not be held, and IntegrityError when the last checkpoint is damaged.
+    start: the public generator that round 1 begins with. after: called with each checkpoint before the next round, and
+    with the last one there is when a campaign goes on. Raises Unreachable after three rounds in a row that could not be
+    held, and IntegrityError when the last checkpoint is damaged.
     """
     last = campaign.store.latest()
     if last is not None:
         _record_once(campaign, last.record)
+        after(last)
     failures = 0
     while last is None or last.record.round < campaign.plan.rounds:
         result = hold_round(campaign, last, start)
         if isinstance(result, Checkpoint):
             last, failures = result, 0
+            after(last)
             continue
         failures += 1
         if failures == FAILURES_BEFORE_STOP:

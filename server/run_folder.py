@@ -172,6 +172,16 @@ class RunFolder:
         return self.path / "utility.json"
 
     @property
+    def course(self) -> Path:
+        """Points in the course of training; only of a study that has one."""
+        return self.path / "course.json"
+
+    @property
+    def course_segmenters(self) -> Path:
+        """What each point's segmenter was; not created here."""
+        return self.path / "course"
+
+    @property
     def report(self) -> Path:
         """Self-contained HTML report."""
         return self.path / "report.html"

@@ -33,7 +33,7 @@ _SMOOTHEST = 1e-6
 
 def lesion_occupancy(form: Tensor, grid: Grid) -> Tensor:
     """(N, FORM_SIZE) standard normal -> (N, 1, D, H, W) in [0, 1]: the share of each voxel that is lesion."""
-    size, place, stretch, turn, surface, lobes = torch.split(form.float(), _PARTS, dim=1)
+    size, place, stretch, turn, surface, lobes = torch.split(form.float(), list(_PARTS), dim=1)
     spacing = form.new_tensor(grid.spacing_mm, dtype=torch.float32)
     free = spacing * (form.new_tensor(grid.shape, dtype=torch.float32) - 1) / 2  # outermost centres, which stay free
     edge = spacing.log().mean().exp()  # an occupancy falls from one to zero over about a voxel

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SAME_PLANE = 0.02  # slices; contours of one plane are written with rounded coordinates
+_OWN_SLICE = 0.1  # slices; as far may a plane lie from the middle of the slice that it was drawn on
+_FARTHEST = 2.0  # slices between planes of one structure; drawn more sparsely, it is not all there
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,9 +40,9 @@ def inside_polygon(points: NDArray[np.float64], shape: tuple[int, int]) -> NDArr
 def contour_mask(contours: Sequence[Contour], shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     """(I, J, K) uint8: voxels of one structure. A contour inside another of its plane is a hole (even-odd).
 
-    A slice takes the nearest plane of contours, if that is no farther than half the distance of the planes, or half
-    a slice where those lie closer: contours drawn on another scan have planes between the slices. A slice that
-    nobody drew on stays empty. What lies beyond the grid is left out.
+    Contours on the image's own slices fill these and no other. Those drawn on another scan have planes between the
+    slices: there a slice takes the nearest plane, if that is no farther than half the distance of the planes, and at
+    least half a slice. A slice that nobody drew on stays empty. What lies beyond the grid is left out.
     """
     planes: list[tuple[float, NDArray[np.bool_]]] = []
     for contour in sorted(contours, key=lambda one: one.height):
@@ -53,8 +55,11 @@ def contour_mask(contours: Sequence[Contour], shape: tuple[int, int, int]) -> ND
     if not planes:
         return mask
     heights = np.array([height for height, _ in planes])
-    # The smallest distance: a larger one is a gap that was drawn, between two tumours for instance.
-    reach = max(float(np.diff(heights).min(initial=np.inf)) if len(heights) > 1 else 0.0, 1.0) / 2 + _SAME_PLANE
+    if np.abs(heights - heights.round()).max() <= _OWN_SLICE:
+        reach = 0.5
+    else:
+        # The smallest distance: a larger one is a gap that was drawn, between two tumours for instance.
+        reach = min(max(float(np.diff(heights, prepend=-np.inf).min()), 1.0), _FARTHEST) / 2 + _SAME_PLANE
     for k in range(shape[2]):
         nearest = int(np.abs(heights - k).argmin())
         if abs(heights[nearest] - k) <= reach:

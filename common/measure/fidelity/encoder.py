@@ -10,6 +10,7 @@ the untouched phantom) and what was done to it (noise, blur, contrast, labels ou
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,13 +46,13 @@ _NOISE, _LOG_GAMMA, _SHIFT = 0.5, 0.5, 0.15  # most that is done: grey values, e
 
 
 class _Network(nn.Module):
-    """pairs (N, 1+K, D, H, W) -> features (N, 64) -> what is to be told (N, T). No norms: contrast must stay visible."""
+    """pairs (N, 1+K, D, H, W) -> features (N, 64) -> what is to be told (N, T). No norms: they would hide contrast."""
 
     def __init__(self, labels: int, told: int) -> None:
         super().__init__()
         channels = (1 + labels, _WIDTH, 2 * _WIDTH, 4 * _WIDTH)
         self.stages = nn.ModuleList(
-            nn.Conv3d(a, b, kernel_size=3, stride=2, padding=1) for a, b in zip(channels, channels[1:], strict=False)
+            nn.Conv3d(a, b, kernel_size=3, stride=2, padding=1) for a, b in itertools.pairwise(channels)
         )
         self.features = nn.Linear(channels[-1] * _CELLS**3, FEATURES)
         self.told = nn.Linear(FEATURES, told)
@@ -72,7 +73,7 @@ class _Network(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Encoder:
-    """The trained net. centre: (64,), mean of the phantoms' features; whiten: (64, 64), turns their covariance into one.
+    """The trained net. centre: (64,), mean of the phantoms' features; whiten: (64, 64), makes their covariance one.
 
     Without it a few directions in which anatomy varies would hide the many in which only a bad generator does.
 
@@ -96,7 +97,7 @@ class Encoder:
         Each scan goes through alone and on one thread, so that its features depend on nothing but itself.
         Raises ValueError for another number of labels.
         """
-        expected = self._network.stages[0].weight.shape[1]
+        expected = self.weights.arrays["stages.0.weight"].shape[1]
         if pairs.ndim != 5 or pairs.shape[1] != expected:
             raise ValueError(f"this encoder reads (N, {expected}, D, H, W), got {pairs.shape}")
         return np.asarray((_encode(self._network, pairs) - self.centre) @ self.whiten)
@@ -104,7 +105,7 @@ class Encoder:
     @cached_property
     def _network(self) -> _Network:
         arrays = self.weights.arrays
-        network = _Network(arrays["stages.0.weight"].shape[1] - 1, len(arrays["told.bias"]))
+        network = _blank(arrays["stages.0.weight"].shape[1] - 1, len(arrays["told.bias"]))
         network.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
         return network.eval()
 
@@ -145,7 +146,7 @@ def train_encoder(phantoms: NDArray[np.float32], *, name: str, steps: int, seed:
             told, confessed = network(worse).split([anatomy.shape[1], done.shape[1]], dim=1)
             loss = F.mse_loss(told, anatomy[rows]) + _HARM_WEIGHT * F.mse_loss(confessed, done)
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
     weights = Weights({key: value.detach().numpy().copy() for key, value in network.state_dict().items()})
     features = _encode(network.eval(), phantoms)
@@ -210,10 +211,15 @@ def _per_scan(values: Tensor) -> Tensor:
     return values.reshape(-1, 1, 1, 1, 1)
 
 
+def _blank(labels: int, told: int) -> _Network:
+    """Torch initialises from the global generator; fork it so that building moves nobody's randomness."""
+    with torch.random.fork_rng(devices=[]):
+        return _Network(labels, told)
+
+
 def _initialised(labels: int, told: int, rng: torch.Generator) -> _Network:
     """He initialisation from `rng` alone.  [He et al. 2015]"""
-    with torch.random.fork_rng(devices=[]):  # torch initialises from the global generator first
-        network = _Network(labels, told)
+    network = _blank(labels, told)
     for module in network.modules():
         if isinstance(module, nn.Conv3d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=rng)

@@ -50,8 +50,8 @@ def _features(image: NDArray[np.floating], mask: Mask, spacing_mm: Spacing) -> l
     if not mask.any():
         return [float("nan")] * len(FEATURES)
     box = tuple(slice(int(at.min()), int(at.max()) + 1) for at in np.nonzero(mask))
-    image, mask = image[box].astype(np.float64), mask[box]
-    values = image[mask]
+    inside, mask = np.asarray(image[box], dtype=np.float64), mask[box]
+    values = inside[mask]
     mean = float(values.mean())
     volume = float(mask.sum()) * float(np.prod(spacing_mm))
     return [
@@ -62,7 +62,7 @@ def _features(image: NDArray[np.floating], mask: Mask, spacing_mm: Spacing) -> l
         float(np.percentile(values, 90)),
         float(values.std()) / mean if mean > 0 else float("nan"),
         entropy_bits(values),
-        cooccurrence_contrast(image, mask),
+        cooccurrence_contrast(inside, mask),
     ]
 
 
@@ -90,7 +90,8 @@ def surface_area_mm2(mask: Mask, spacing_mm: Spacing) -> float:
 
     A = 2 sum_k w_k n_k V / s_k: n_k crossings by the lattice's lines of direction k, of which one passes through each
     area V / s_k (V a voxel's volume, s_k the step), and w_k the share of all directions that is nearest to k. Counting
-    voxel faces instead would give a ball half too much.
+    voxel faces instead would give a ball half too much. A ball of nine voxels' radius comes out within 2 %, a rod four
+    voxels thick along an axis 15 % too small.
     """
     padded = np.pad(mask, 1)
     steps = np.array(_HALF) * np.asarray(spacing_mm)
@@ -110,7 +111,7 @@ def entropy_bits(values: Floats) -> float:
 
 
 def cooccurrence_contrast(image: Floats, mask: Mask) -> float:
-    """Mean squared difference of grey levels of neighbouring voxels that are both in the mask.  [Haralick et al. 1973, f2]
+    """Mean squared difference of grey levels of neighbours that are both in the mask.  [Haralick et al. 1973, f2]
 
     image (D, H, W) in [0, 1] in 16 equal levels; all 26 neighbours, counted together. NaN where no voxel has one.
     """
