@@ -66,7 +66,7 @@ _BEAT_S: Final = 10.0  # a running task expires after 60 s without one
 _MESSAGE_S: Final = 10.0  # a SuperNode makes the task first, and stores its message an instant later
 _LOOK_S: Final = 0.05
 # Without a further piece of a message. A SuperNode that learns in the middle of fetching it that its run was stopped
-# drops it without a word and leaves its task; Flower would wait for the rest for hours. A slow line needs time for each.
+# drops it without a word and leaves its task; Flower would wait for the rest for hours. A slow line needs time, too.
 PATIENCE_S: Final = 120.0
 
 
