@@ -532,8 +532,14 @@ def _fewest(policy: SitePolicy) -> int:
 
 
 def _phantoms_for(members: int) -> int:
-    """So many that, drawn by fair coins, fewer than `members` to train on will not be seen."""
-    return math.ceil(1.3 * members / (1 - _HOLDOUT)) + 10
+    """So many that coins leave fewer than `members` to train on a few times in a thousand million rehearsals.
+
+    The expected number of members lies six standard deviations of their binomial above `members`: with s the root of
+    the number of phantoms, (1 - h) s^2 - 6 sqrt(h (1 - h)) s = members.
+    """
+    spread = 6.0 * math.sqrt(_HOLDOUT * (1 - _HOLDOUT))
+    root = (spread + math.sqrt(spread**2 + 4 * (1 - _HOLDOUT) * members)) / (2 * (1 - _HOLDOUT))
+    return math.ceil(root**2)
 
 
 def _notes(settings: SiteSettings, policy: SitePolicy) -> Iterator[str]:

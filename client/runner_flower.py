@@ -39,7 +39,11 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectUnavailableError,
+    pull_and_inflate_object_from_tree,
+)
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -61,6 +65,9 @@ _DENIED: Final = {httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN}
 _BEAT_S: Final = 10.0  # a running task expires after 60 s without one
 _MESSAGE_S: Final = 10.0  # a SuperNode makes the task first, and stores its message an instant later
 _LOOK_S: Final = 0.05
+# Without a further piece of a message. A SuperNode that learns in the middle of fetching it that its run was stopped
+# drops it without a word and leaves its task; Flower would wait for the rest for hours. A slow line needs time, too.
+PATIENCE_S: Final = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +97,14 @@ class TaskInput:
 class SuperNodeLink:
     """The runtime interface of the SuperNode beside us. address: host:port on loopback. Final.
 
+    patience_s: how long a message may stand still while it is fetched.
+
     Raises Unreachable while no SuperNode listens, IntegrityError when it does not take the secret.
     """
 
-    def __init__(self, address: str, secret: bytes) -> None:
+    def __init__(self, address: str, secret: bytes, *, patience_s: float = PATIENCE_S) -> None:
         self._address = address
+        self._patience_s = patience_s
         self._client = _client(
             address, SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({_ACQUIRE}))
         )
@@ -123,7 +133,7 @@ class SuperNodeLink:
 
     def open(self, task: AcquiredTask) -> TaskExchange:
         """Begin to work on a task: from now on it is kept alive until `TaskExchange.close`."""
-        return TaskExchange(self._address, task)
+        return TaskExchange(self._address, task, self._patience_s)
 
     def close(self) -> None:
         """Close the connection."""
@@ -136,8 +146,9 @@ class TaskExchange:
     Whatever the SuperNode fails in is Unreachable: the task is lost to us then.
     """
 
-    def __init__(self, address: str, task: AcquiredTask) -> None:
+    def __init__(self, address: str, task: AcquiredTask, patience_s: float) -> None:
         self._task = task
+        self._patience_s = patience_s
         self._client = _client(address, RuntimeTokenHttpInterceptor(task.token))
         self._ended = threading.Event()
         self._beat = threading.Thread(target=self._keep_alive, name="heartbeat", daemon=True)
@@ -187,7 +198,7 @@ class TaskExchange:
         node, run_id = Node(node_id=self._node_id), self._task.run_id
         return pull_and_inflate_object_from_tree(
             tree,
-            make_pull_object_fn_protobuf(self._client.PullObject, node, run_id),
+            _impatient(make_pull_object_fn_protobuf(self._client.PullObject, node, run_id), self._patience_s),
             make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run_id),
             return_type=Message,
         )
@@ -200,6 +211,24 @@ class TaskExchange:
                 self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
             if self._ended.wait(_BEAT_S):
                 return
+
+
+def _impatient(pull: Callable[[str], bytes], patience_s: float) -> Callable[[str], bytes]:
+    """`pull`, given up for good when no piece at all has come for so long."""
+    progress = time.monotonic()
+
+    def pull_or_give_up(piece: str) -> bytes:
+        nonlocal progress
+        try:
+            content = pull(piece)
+        except ObjectUnavailableError:
+            if time.monotonic() - progress > patience_s:
+                raise ObjectPullError(piece, "the SuperNode has stopped fetching the message") from None
+            raise
+        progress = time.monotonic()
+        return content
+
+    return pull_or_give_up
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """A whole deployment on one machine: a coordinator with its gateway and two hospitals, as processes of their own.
 
-    python deploy/demo/run.py --out runs/deploy-demo [--patients 1200] [--study deploy/studies/demo.yaml]
+    python deploy/demo/run.py --out runs/deploy-demo [--patients 1200] [--study deploy/studies/two-hospitals.yaml]
 
 Everything goes by the commands of the guides, which are printed as they are run; what a person would do with an editor
 is printed too. Phantom patients, loopback, ports that the operating system chooses. In the middle of the training the
@@ -79,7 +79,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="Run a whole deployment on this machine.")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "deploy-demo", help="folder to make")
     parser.add_argument("--patients", type=int, default=1200, help="phantom patients of each hospital")
-    parser.add_argument("--study", type=Path, default=ROOT / "deploy" / "studies" / "demo.yaml", help="the study")
+    parser.add_argument(
+        "--study", type=Path, default=ROOT / "deploy" / "studies" / "two-hospitals.yaml", help="the study"
+    )
     given = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
     try:

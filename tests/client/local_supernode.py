@@ -108,6 +108,12 @@ class LocalSuperNode:
         for entry in store.store.values():
             entry.content = b"garbage"
 
+    def never_fetch(self) -> None:
+        """Leave every object announced and not there, as a SuperNode does whose run was stopped meanwhile."""
+        store: Any = self._objects.store()
+        for entry in store.store.values():
+            entry.content, entry.is_available = b"", False
+
     def replies(self, count: int = 1, limit_s: float = 60.0) -> list[Message]:
         """The next replies, whole."""
         found: list[Message] = []

@@ -27,7 +27,7 @@ from client.connection import ConnectionSettings
 from client.egress_gate import encoded_bytes
 from client.order_worker import OrderWorker
 from client.runner import ANSWERED, UNDELIVERABLE, UNKNOWN, Runner
-from client.runner_flower import SuperNodeLink, message_from_bytes, message_to_bytes
+from client.runner_flower import PATIENCE_S, SuperNodeLink, message_from_bytes, message_to_bytes
 from common.protocol import codec
 from common.protocol.messages import RefusalCode, RefusalReply, Reply, TrainReply
 from common.settings.load import settings_yaml
@@ -107,7 +107,7 @@ def started(tmp_path: Path, node: LocalSuperNode) -> Iterator[Callable[..., Site
     threads: list[threading.Thread] = []
     links: list[SuperNodeLink] = []
 
-    def start(*, secret: bytes = SECRET, **settings: object) -> Site:
+    def start(*, secret: bytes = SECRET, patience_s: float = PATIENCE_S, **settings: object) -> Site:
         (tmp_path / "worker").mkdir()
         site = Site(folder=tmp_path, node=node)
         site.allow()
@@ -117,7 +117,7 @@ def started(tmp_path: Path, node: LocalSuperNode) -> Iterator[Callable[..., Site
             environment={**os.environ, "TEST_FOLDER": str(tmp_path / "worker")},
             log=tmp_path / "log" / "worker.log",
         )
-        links.append(SuperNodeLink(node.address, secret))
+        links.append(SuperNodeLink(node.address, secret, patience_s=patience_s))
         site.runner = Runner(
             tmp_path,
             link=links[-1],
@@ -266,6 +266,16 @@ def test_a_message_whose_objects_are_garbage_is_refused(started, node):
     site = started()
     assert node.reply() == refused(RefusalCode.STALE)
     assert site.orders == []
+
+
+def test_a_message_that_the_supernode_stopped_fetching_is_given_up_and_the_next_is_worked_on(started, node):
+    node.give(train_order(), run_id=1)
+    node.never_fetch()
+    site = started(patience_s=1.0)
+    assert node.reply() == refused(RefusalCode.STALE)
+    node.give(train_order(), run_id=2)
+    assert isinstance(node.reply(), TrainReply)
+    assert len(site.orders) == 1
 
 
 def test_a_runner_with_another_secret_gets_no_task(started, node):

@@ -20,7 +20,7 @@ from common.cli import run
 from common.errors import PolicyRefusal
 from common.protocol.messages import Order, RefusalReply, Reply, TrainOrder
 from common.settings.load import settings_yaml
-from common.settings.site import SitePolicy, load_policy, load_site
+from common.settings.site import PhantomSource, SitePolicy, load_policy, load_site
 from tests.provisioned import files
 
 EVERYTHING = [
@@ -48,9 +48,12 @@ class HereWorker:
         pass
 
     def ask(self, order: Order) -> Reply:
-        folder, quick = self._file.parent, QuickWork().as_site_work()
+        folder, settings = self._file.parent, load_site(self._file)
+        assert isinstance(settings.data, PhantomSource)
+        # As many as the rehearsal asks for: with fewer, coins leave too few to train on now and then.
+        quick = QuickWork(patients=settings.data.patients).as_site_work()
         site = Site(
-            load_site(self._file),
+            settings,
             load_policy(folder / "policy.yaml"),
             ledger_file=folder / "ledger.sqlite",
             work=replace(quick, train=lambda *asked: heard(quick.train(*asked), asked[1])),
@@ -154,6 +157,7 @@ def command(*arguments: object) -> int:
 
 def used_site(folder: Path, **changes: object) -> Path:
     """A site with a ledger, a state, a key and data of its own."""
+    folder.mkdir(exist_ok=True)
     allowed = policy(expires=date(2100, 1, 1), simulation=True)
     write_site(folder, allowed)
     hospital = open_site(folder, allowed=allowed)
@@ -167,17 +171,18 @@ def used_site(folder: Path, **changes: object) -> Path:
 
 
 @pytest.mark.slow
-def test_the_real_worker_answers_everything_and_leaves_the_site_as_it_was(tmp_path, capsys):
-    folder = used_site(tmp_path)
+def test_the_real_worker_answers_everything_and_leaves_the_site_as_it_was(tmp_path, capsys, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))  # other tests rehearse at the same time
+    folder = used_site(tmp_path / "site")
     before = files(folder)
-    copies = set(Path(tempfile.gettempdir()).glob("consilium-dummy-*"))
     assert command(folder, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert [step["what"] for step in told["steps"]] == EVERYTHING
     assert told["ok"]
     assert told["bytes_out"] > 10_000  # the generator at least
     assert files(folder) == before
-    assert set(Path(tempfile.gettempdir()).glob("consilium-dummy-*")) == copies
+    assert list((tmp_path / "temporary").glob("consilium-dummy-*")) == []
 
 
 @pytest.mark.slow

@@ -13,7 +13,10 @@ import yaml
 from deploy_files import DEPLOY, ROOT, check_command, commands_in, name_of, under_deploy
 
 from client.connection import ConnectionSettings
+from common.measure.audit_plan import make_plan
 from common.settings.federation import FederationSettings
+from common.settings.load import load_study
+from server.audit.power import planned_smallest_copies
 
 BIN = Path(sys.executable).parent
 TEXTS = under_deploy(
@@ -138,3 +141,11 @@ def test_python_below_deploy_is_only_what_a_person_starts():
     for path in DEPLOY.rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{name_of(path)} says nothing"
         assert not path.stat().st_mode & stat.S_IWOTH
+
+
+@pytest.mark.parametrize(("name", "hospitals"), [("two-hospitals", 2), ("demo", 3)])
+def test_the_demos_ask_enough_patients_for_an_audit_that_can_tell(name, hospitals):
+    study = load_study(DEPLOY / "studies" / f"{name}.yaml")
+    plan = make_plan(study, tuple(f"site-{number}" for number in range(hospitals)))
+    for endpoint in plan.endpoints:
+        assert planned_smallest_copies(plan, endpoint) <= study.release.max_detectable_copies

@@ -235,7 +235,7 @@ def test_a_round_in_which_something_is_killed_is_held_with_both_sites_and_paid_f
 
 def test_in_the_end_weights_and_answers_are_those_of_a_run_that_nothing_interrupted(matrix: Matrix):
     run = matrix.network.wait_until_finished(STUDY.study, 600)
-    assert matrix.straight.wait(300) == 1, (matrix.network.root / "straight.txt").read_text()
+    assert matrix.straight.wait(900) == 1, (matrix.network.root / "straight.txt").read_text()
     straight = RunFolder.open(matrix.straight_run)
     ours, theirs = (
         [(r.round, r.weights_digest, r.replies) for r in CheckpointStore(r.checkpoints, study_digest=DIGEST).records()]

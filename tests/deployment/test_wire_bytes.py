@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 from connect_proxy import LEAVES_BY
-from flwr.app import Array
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
@@ -90,17 +89,24 @@ def left(finished: Campaign) -> list[Request]:
     return found
 
 
-def known_to_the_coordinator(finished: Campaign) -> dict[str, bytes]:
-    """The arrays of its own orders by Flower's number: Flower does not send what the other side has already."""
-    start = read_weights(finished.run.warm_start / "generator.safetensors")
-    arrays = [Array(np.asarray(array)) for array in start.arrays.values()]
-    return {number: one.deflate() for array in arrays for number, one in get_all_nested_objects(array).items()}
+def pieces_of_stored_replies(finished: Campaign) -> dict[str, bytes]:
+    """The pieces of what the hospital has stored as its answers, by Flower's number, which is a digest of the piece.
+
+    Flower does not send a piece that the other side has already, such as an array that training has left as it was.
+    """
+    pieces = {}
+    for path in (finished.network.sites["site-2"].state / "studies").glob("*/replies/*"):
+        reply = codec.unpack_reply(path.read_bytes()[32:])  # behind its SHA-256
+        for number, one in get_all_nested_objects(codec.encode(reply)).items():
+            pieces[number] = one.deflate()
+    assert pieces
+    return pieces
 
 
 @pytest.fixture(scope="module")
 def pushed(finished: Campaign, left: list[Request]) -> list[Pushed]:
     """The replies in it, put together again from their pieces."""
-    contents, sizes = known_to_the_coordinator(finished), {}
+    contents, sizes = pieces_of_stored_replies(finished), {}
     for request in left:
         if request.path.endswith("push-object"):
             piece = PushObjectRequest.FromString(request.body)
