@@ -1,4 +1,7 @@
-"""One federation with one finished campaign for every test that only looks at it. The processes are real."""
+"""One federation with one finished campaign for all tests of a file that only look at it. The processes are real.
+
+Not for all files: the proxy's threads would live on in tests of something else, which may forbid sockets.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from network import APPROVED, Campaign, Network, command, phantom_site, served, 
 STUDY = small_study("three-rounds", rounds=3, steps=4, width=64)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Network, ConnectProxy]]:
     """Three hospitals; none has a seed, the last one of the approved goes through a forward proxy that looks inside."""
     root = tmp_path_factory.mktemp("network")
@@ -20,7 +23,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Network,
         yield network, proxy
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(network: tuple[Network, ConnectProxy]) -> Campaign:
     """`federation start` with two of the three, to its signed outcome."""
     served_by, proxy = network

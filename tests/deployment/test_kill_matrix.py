@@ -115,18 +115,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
         with (root / "straight.txt").open("wb") as output:
             straight = subprocess.Popen(
                 [
-                    *(
-                        "nice",
-                        "-n",
-                        "19",
-                        sys.executable,
-                        "-m",
-                        "common.cli",
-                        "simulate",
-                        str(file),
-                        "--out",
-                        str(root / "straight"),
-                    ),
+                    *(sys.executable, "-m", "common.cli", "simulate", str(file), "--out", str(root / "straight")),
                     *("--seed", str(SEED), "--sites", "2", "--patients", str(PATIENTS)),
                 ],
                 stdout=output,

@@ -31,6 +31,7 @@ from common.protocol.messages import (
 from common.settings.load import study_digest
 from server.checkpoint import CheckpointStore
 from server.federation.gateway import FLEET_PATHS
+from server.federation.network_run import Submission
 
 pytestmark = pytest.mark.slow
 HEALTH = "/health"  # the hospital's own probe: is that gateway there, and is it ours?
@@ -107,6 +108,8 @@ def pieces_of_stored_replies(finished: Campaign) -> dict[str, bytes]:
 def pushed(finished: Campaign, left: list[Request]) -> list[Pushed]:
     """The replies in it, put together again from their pieces."""
     contents, sizes = pieces_of_stored_replies(finished), {}
+    submitted = Submission.read(finished.run)
+    assert submitted is not None
     for request in left:
         if request.path.endswith("push-object"):
             piece = PushObjectRequest.FromString(request.body)
@@ -117,6 +120,8 @@ def pushed(finished: Campaign, left: list[Request]) -> list[Pushed]:
             continue
         message = PushMessagesRequest.FromString(request.body)
         (tree,), (proto,) = message.message_object_trees, message.messages_list
+        if proto.metadata.run_id != submitted.run_id:  # another test's campaign
+            continue
         assert not proto.HasField("error")
         ids = frozenset(node.object_id for node in iterate_object_tree(tree))
         whole = inflate_object_from_contents(tree.object_id, dict(contents), keep_object_contents=True)
