@@ -204,6 +204,9 @@ class GridSites:
                     continue
                 if message.has_content() and message.metadata.src_node_id != nodes[name].node_id:
                     continue  # someone else answers for this site
+                del waiting[message.metadata.reply_to_message_id]
+                if message.has_error() and name in waiting.values():
+                    continue  # what a SuperNode lost when it was started anew; it has the order again
                 for answered in [one for one, whose in waiting.items() if whose == name]:
                     del waiting[answered]
                 yield name, _read(message)

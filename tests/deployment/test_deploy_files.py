@@ -93,7 +93,8 @@ def test_shell_scripts_pass_shellcheck(path):
 def test_yaml_files_can_be_read():
     for path in under_deploy(".yml", ".yaml"):
         if "templates" not in path.parts:
-            list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=Readable))
+            documents = list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=Readable))
+            assert any(document for document in documents), f"{path} says nothing"
 
 
 class Readable(yaml.SafeLoader):

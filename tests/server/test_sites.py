@@ -174,6 +174,25 @@ def test_a_site_that_came_back_is_given_its_order_again_and_nobody_else_is(lost:
     assert len({codec.digest(codec.decode_order(m.content)) for m in seen}) == 1
 
 
+def test_the_superlinks_word_about_the_lost_order_is_not_the_sites_answer_to_the_second():
+    seen: list[Message] = []
+    grid = RestartedGrid(1, seen)
+    usual, lost = grid.pull_messages, []
+
+    def pull(message_ids: Iterable[str]) -> Iterable[Message]:
+        """Once the order was given again, the first thing that comes is an error about the lost one."""
+        mine = [m for m in seen if m.metadata.dst_node_id == 1002]
+        if len(tuple(message_ids)) == 2 and not lost:
+            lost.append(Message(Error(code=2, reason="node unavailable"), reply_to=mine[0]))
+            return lost
+        return usual(message_ids)
+
+    grid.pull_messages = pull
+    sites = GridSites(grid, NAMES, connect_wait_s=0.0, clock=lambda: grid.now, sleep=grid.sleep)
+    assert sites.ask({"site-2": ORDER}, 600.0)["site-2"] == statement(2)
+    assert lost
+
+
 def test_a_site_that_stays_away_is_not_asked_again():
     seen: list[Message] = []
     grid = RestartedGrid(0, seen)
