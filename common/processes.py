@@ -3,6 +3,8 @@
 Both sides run Flower's programs as children. Such a child starts processes in sessions of their own, which no signal
 to a process group reaches; and when it is killed, those live on under another parent. So what was ever seen below a
 child is remembered by process id and start time (an id alone may belong to somebody else by now), and `stop` ends it.
+What a child started and nobody saw before it was killed, such as the worker that nginx starts for one that has ended,
+is found by its session, which is the child's own.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Final
@@ -29,7 +32,10 @@ _PROC: Final = Path("/proc")
 
 @dataclass(frozen=True, order=True)
 class Seen:
-    """A process: its id, and when the operating system says that it began, which tells two of one id apart."""
+    """A process: its id, and when the operating system says that it began, which tells two of one id apart.
+
+    began: with the boot that it is counted from, so that a record which outlives a reboot names nobody.
+    """
 
     pid: int
     began: str
@@ -71,6 +77,11 @@ class _Kept:
     again_at: float | None = None
     ended: bool = False
 
+    @property
+    def family(self) -> frozenset[Seen]:
+        """Itself, whom it was seen to start, and who is in its session."""
+        return _family(([self.self_seen] if self.self_seen else []) + sorted(self.below))
+
 
 def alive(seen: Seen) -> bool:
     """Whether this very process still runs; one that ended and was not waited for (a zombie) does not."""
@@ -94,6 +105,18 @@ def below(pid: int) -> frozenset[Seen]:
         found |= young
         edge = {process.pid for process in young}
     return frozenset(found)
+
+
+def left_of(leader: Seen) -> frozenset[Seen]:
+    """Return the processes of the session that `leader` founded; none when its id went to another since.
+
+    An operating system gives no new process the id of a session that somebody is still in.  [POSIX.1-2017, fork()]
+    """
+    now = seen(leader.pid)
+    if not _PROC.is_dir() or (now is not None and now != leader) or not leader.began.startswith(_boot()):
+        return frozenset()
+    rows = (_parsed(int(entry.name)) for entry in _PROC.iterdir() if entry.name.isdigit())
+    return frozenset(row.process for row in rows if row.process is not None and row.session == leader.pid)
 
 
 def stop_process(process: subprocess.Popen[bytes], *, and_those: Iterable[Seen] = (), wait_s: float = STOP_S) -> None:
@@ -145,7 +168,7 @@ class Supervisor:
         self._written = ""
         self._lock = _locked(record) if record is not None else None
         if record is not None:
-            end_all(process for processes in _recorded(record).values() for process in processes)
+            end_all({one for those in _recorded(record).values() for one in _family(those)})
 
     def __enter__(self) -> Supervisor:
         return self
@@ -177,7 +200,7 @@ class Supervisor:
         kept = self._kept.get(name)
         if kept is None or kept.process.poll() is None:
             return frozenset()
-        return frozenset(process for process in kept.below if alive(process))
+        return frozenset(process for process in kept.family if alive(process))
 
     def poll(self) -> tuple[Ended, ...]:
         """Look once: return who ended since the last look, and start again whose time to wait is over.
@@ -204,7 +227,7 @@ class Supervisor:
         for name in reversed(self._children):
             kept = self._kept.pop(name, None)
             if kept is not None:
-                stop_process(kept.process, and_those=kept.below)
+                stop_process(kept.process, and_those=kept.family)
         if self._record is not None:
             self._record.unlink(missing_ok=True)
         self._written = ""
@@ -260,6 +283,11 @@ def _recorded(record: Path) -> dict[str, list[Seen]]:
         return {}
 
 
+def _family(those: list[Seen]) -> frozenset[Seen]:
+    """Return a child, which comes first, those seen below it, and who is in its session."""
+    return frozenset(those) | (left_of(those[0]) if those else frozenset())
+
+
 def _locked(record: Path) -> IO[bytes]:
     """Take the lock beside `record`; the operating system gives it back when this process ends, however it ends."""
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -286,25 +314,40 @@ def _signal(processes: Iterable[Seen], number: signal.Signals) -> None:
 
 def _look(pid: int) -> Seen | None:
     """Read one process from /proc; None when it is gone or a zombie."""
-    return _parsed(pid)[0]
+    return _parsed(pid).process
 
 
-def _parsed(pid: int) -> tuple[Seen | None, int]:
-    """Read a process and the id of its parent from /proc.  [proc(5): state, ppid and starttime of stat]"""
+@dataclass(frozen=True)
+class _Row:
+    """What /proc says of a process: itself, unless it is gone or a zombie, its parent's id and its session's."""
+
+    process: Seen | None
+    parent: int
+    session: int
+
+
+@cache
+def _boot() -> str:
+    """Tell this start of the operating system from others.  [proc(5)]"""
+    return (_PROC / "sys" / "kernel" / "random" / "boot_id").read_text(encoding="ascii").strip()
+
+
+def _parsed(pid: int) -> _Row:
+    """Read a process from /proc.  [proc(5): state, ppid, session and starttime of stat]"""
     try:
         stat = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return None, 0
+        return _Row(None, 0, 0)
     fields = stat.rpartition(")")[2].split()  # the name in brackets may hold blanks and brackets
-    state, parent, began = fields[0], int(fields[1]), fields[19]
-    return (None if state in "ZX" else Seen(pid, began)), parent
+    state, parent, session, ticks = fields[0], int(fields[1]), int(fields[3]), fields[19]
+    return _Row(None if state in "ZX" else Seen(pid, f"{_boot()} {ticks}"), parent, session)
 
 
 def _table() -> dict[Seen, int]:
     """Return every process with the id of its parent. From /proc; on other systems from the program ps."""
     if _PROC.is_dir():
         rows = (_parsed(int(entry.name)) for entry in _PROC.iterdir() if entry.name.isdigit())
-        return {process: parent for process, parent in rows if process is not None}
+        return {row.process: row.parent for row in rows if row.process is not None}
     ps = shutil.which("ps")
     if ps is None:
         return {}

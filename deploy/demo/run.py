@@ -66,7 +66,8 @@ class Service:
     def kill(self) -> None:
         """SIGKILL to it and to everything it runs, as by a power cut."""
         everything = [seen(self.process.pid), *below(self.process.pid)]
-        pids = [process.pid for process in everything if process is not None]
+        # Parents first: nginx would start another worker for one that it sees end.
+        pids = sorted(process.pid for process in everything if process is not None)
         say(f"  kill -9 {' '.join(map(str, pids))}    # {' '.join(self.words)}: {', '.join(self.pids)} and below")
         for pid in pids:
             with suppress(ProcessLookupError):  # ended with its parent

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UsageError
-from common.processes import Child, Supervisor, alive, below, end_all, recorded_pids, seen, stop_process
+from common.processes import Child, Supervisor, alive, below, end_all, left_of, recorded_pids, seen, stop_process
 
 # Starts a grandchild in a session of its own, writes its id, and waits.
 PARENT = """
@@ -129,6 +129,53 @@ def test_stop_ends_what_a_killed_child_left_behind(tmp_path: Path, number: Calla
     assert alive(orphan)
     supervisor.stop()
     assert not alive(orphan)
+
+
+NGINX = PARENT.replace(", start_new_session=True", "")  # its workers stay in its session
+
+
+def test_a_killed_child_s_workers_that_nobody_had_seen_are_found_by_its_session(
+    tmp_path: Path, number: Callable[[], int]
+) -> None:
+    """nginx starts another worker for one that ended: one second before it is killed itself, nobody has seen that."""
+    record = tmp_path / "pids.json"
+    supervisor = Supervisor([child(tmp_path, NGINX, str(tmp_path / "pid"))], record=record)
+    supervisor.start()
+    worker = seen(number())
+    assert worker is not None
+    assert str(worker.pid) not in record.read_text()
+    os.kill(supervisor.pids["one"], signal.SIGKILL)
+    wait_for(lambda: not supervisor.running("one"))
+    assert supervisor.orphans("one") == {worker}
+    supervisor.stop()
+    assert not alive(worker)
+
+    # The same for a supervisor that was killed together with its child: the next one finds the record.
+    (tmp_path / "pid").unlink()
+    supervisor = Supervisor([child(tmp_path, NGINX, str(tmp_path / "pid"))], record=record)
+    supervisor.start()
+    worker, text = seen(number()), record.read_text()
+    leader = seen(supervisor.pids["one"])
+    os.kill(supervisor.pids["one"], signal.SIGKILL)
+    wait_for(lambda: not supervisor.running("one"))
+    assert leader is not None
+    assert worker is not None
+    other = tmp_path / "other.json"
+    other.write_text(text)
+    with Supervisor([], record=other):
+        assert not alive(worker)
+    supervisor.stop()
+
+
+def test_an_id_that_leads_another_session_now_or_came_before_a_reboot_has_left_nobody() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    leader = seen(process.pid)
+    assert leader is not None
+    assert left_of(leader) == {leader}
+    assert left_of(type(leader)(leader.pid, leader.began + "0")) == frozenset()
+    stop_process(process)
+    assert left_of(leader) == frozenset()
+    assert left_of(type(leader)(os.getsid(0), "an earlier boot 12")) == frozenset()
 
 
 def test_the_next_supervisor_ends_what_a_killed_one_left_running(tmp_path: Path) -> None:

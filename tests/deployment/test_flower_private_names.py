@@ -25,7 +25,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import start_client_internal
 from flwr.supernode.runtime import run_clientapp
 
-from client import runner_flower
+from client import runner_flower, supernode
 
 
 def test_flower_is_the_very_version_that_was_examined():
@@ -49,6 +49,15 @@ def test_a_supernode_waits_for_a_reply_without_end():
     """Why every task that was taken is answered."""
     source = inspect.getsource(start_client_internal._push_messages)
     assert "while not (reply_messages := state.get_messages_legacy(is_reply=True))" in source
+
+
+def test_a_supernode_keeps_the_task_of_an_order_that_it_drops_and_says_so_in_these_words():
+    """Why `client/supernode.py` listens to Flower's log: a later reply would wait for a later order, for ever."""
+    source = inspect.getsource(start_client_internal._pull_and_store_message)
+    dropped = source[source.index("except RunNotRunningException") :]
+    assert f'"{supernode.DROPPED}"' in dropped
+    assert "task" not in dropped.replace("RunNotRunning", "")
+    assert "run_id is None" in inspect.getsource(start_client_internal.start_client_internal), "no order, no reply sent"
 
 
 def test_the_executors_own_way_through_a_task_is_the_one_that_was_examined():
