@@ -17,7 +17,7 @@ help: ## List the targets
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[simulation,bids,pdf,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[simulation,bids,dicom,pdf,dev]'
 	touch $(STAMP)
 
 demo: $(STAMP) ## Three simulated hospitals, phantoms, to a verified release in OUT (default runs/demo)

@@ -63,6 +63,7 @@ def answer(message: Message, context: Context) -> Message:
 app.query("enrol")(answer)
 app.train("warm_up")(answer)
 app.train("gan")(answer)
+app.query("course")(answer)
 app.query("canaries")(answer)
 app.query("score")(answer)
 app.query("utility")(answer)

@@ -180,6 +180,7 @@ def needed_orders(study: Study) -> tuple[OrderKind, ...]:
         OrderKind.WARM_UP: study.warm_up is not None,
         OrderKind.CANARIES: study.audit.canaries > 0,
         OrderKind.UTILITY: study.utility.training_steps > 0,
+        OrderKind.COURSE: study.course is not None,
     }
     return tuple(kind for kind in OrderKind if asked.get(kind, True))
 

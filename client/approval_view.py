@@ -13,7 +13,7 @@ from client.ledger_report import UTILITY_QUESTIONS
 from common.generator.network import build_generator
 from common.measure.audit_plan import make_plan
 from common.privacy.ledger_rows import Cohort
-from common.settings.study import AttackName, Question, Study
+from common.settings.study import AttackName, Question, Strategy, Study
 
 WIDTH: Final = 118
 _COLUMN: Final = 14
@@ -120,6 +120,18 @@ def leaves(study: Study) -> Iterator[str]:
         f"{training.rounds} times: the generator, {numbers:,} numbers ({_BYTES * numbers / 2**20:.1f} MiB), made from "
         "sums over patients with noise"
     )
+    if study.federation.strategy is Strategy.ENSEMBLE:
+        yield (
+            f"the last {study.federation.fine_tune_rounds} of these are of this hospital alone, not mixed with others "
+            "before the next; what is released learns from them"
+        )
+    if study.course is not None:
+        times = len(study.course.rounds(training.rounds))
+        what = "how well a segmenter does on held-out patients, as sums"
+        if study.course.exact:
+            yield f"{times} times: {what}, and how like and how leaky the scans are, all WITHOUT NOISE"
+        else:
+            yield f"{times} times: {what} with noise"
     if study.audit.canaries > 0:
         yield f"once: how many of {study.audit.canaries} invented patients were recognised; about no real one"
     counts = sum(answer.bins * len(answer.groups) for answer in plan.answers.values())
@@ -152,6 +164,14 @@ def _promise(study: Study) -> Iterator[str]:
         yield (
             f"audit: epsilon {audit.epsilon_members:g} more for a trained-on patient, {audit.epsilon_nonmembers:g} for "
             "a held-out one"
+        )
+    if study.course is not None and study.course.exact:
+        yield "course: NO PRIVACY. Its answers have no noise; only a simulation may give them"
+    elif study.course is not None:
+        times = len(study.course.rounds(study.training.rounds))
+        yield (
+            f"course of training: epsilon {times * study.course.epsilon_per_answer:g} more for a held-out patient, "
+            f"nothing for a trained-on one"
         )
     both = privacy.target_epsilon + (audit.epsilon_members or 0.0)
     yield (

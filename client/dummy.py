@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client.approval import with_approval
 from client.dummy_worker import DummyWorker
 from client.order_worker import WorkerFailed
-from client.orders import order_kind
+from client.orders import course_key, order_kind
 from client.policy import study_objections
 from client.site_folder import LEDGER_FILE, POLICY_FILE, SITE_FILE
 from client.store import SiteStore
@@ -36,6 +36,7 @@ from common.errors import ConsiliumError, PolicyRefusal
 from common.evidence.atomic import write_atomic
 from common.evidence.receipt import open_receipt
 from common.generator.network import build_generator, weights_of
+from common.generator.weights import Weights
 from common.installed import code_digest
 from common.measure.audit_plan import make_plan
 from common.measure.one_run import GUESS_RULES
@@ -47,6 +48,8 @@ from common.privacy.mechanism import DpSgd, GaussianRelease, Plan
 from common.protocol.messages import (
     CanaryOrder,
     CanaryReply,
+    CourseOrder,
+    CourseReply,
     EnrolOrder,
     EnrolReply,
     LedgerHead,
@@ -205,6 +208,7 @@ def dummy_study(policy: SitePolicy) -> Study:
                 "epsilon_per_question": 0.02 * cap,
             },
             "utility": {"training_steps": 1, "volumes": 8, "epsilon_per_answer": 0.02 * cap},
+            "course": {"every_rounds": 1, "volumes": 16, "training_steps": 1, "epsilon_per_answer": 0.02 * cap},
         }
     )
 
@@ -253,6 +257,7 @@ class _Acts:
             self._try("warm-up", self._warm_up)
             self._try("train", self._train)
             self._try("repeated order", self._train_again)  # (5)
+            self._try("course", self._course)
             self._try("canaries", self._canaries)
             self._try("score", self._score)
             self._try("utility", self._utility)
@@ -341,6 +346,25 @@ class _Acts:
             raise _NotAsItShouldBe("an order that was answered before was charged again")
         return "answered from what is stored; nothing is spent"
 
+    def _course(self) -> str:
+        if self._study.course is None:
+            raise ValueError("the study of a rehearsal has a course")
+        order = CourseOrder(
+            study_digest=study_digest(self._study),
+            round=1,
+            weights=self._generator,
+            weights_digest=self._generator.digest,
+            segmenter=self._segmenter(),
+            seed=0,
+            volumes=self._study.course.volumes,
+            training_steps=self._study.course.training_steps,
+            epsilon=self._study.course.epsilon_per_answer,
+            witness=self._witness,
+        )
+        reply = self._asked(order, CourseReply)
+        self._countersign(reply.ledger_head)
+        return f"{len(reply.dice_sum)} noised sum of Dice about round {reply.round}"
+
     def _canaries(self) -> str:
         order = CanaryOrder(
             study_digest=study_digest(self._study), canaries=_CANARIES, rules=GUESS_RULES, witness=self._witness
@@ -364,17 +388,21 @@ class _Acts:
         self._countersign(reply.ledger_head)
         return f"{len(reply.histograms)} noised histograms"
 
-    def _utility(self) -> str:
+    def _segmenter(self) -> Weights:
         from common.measure.segmentation import train_segmenter  # noqa: PLC0415  its library takes seconds to import
 
-        labels = len(self._study.labels)
-        segmenter = train_segmenter(
-            public_phantoms(self._study, 0, 8), labels=labels, steps=self._study.utility.training_steps, seed=0
+        return train_segmenter(
+            public_phantoms(self._study, 0, 8),
+            labels=len(self._study.labels),
+            steps=self._study.utility.training_steps,
+            seed=0,
         )
+
+    def _utility(self) -> str:
         order = UtilityOrder(
             study_digest=study_digest(self._study),
             source=SegmenterSource.SYNTHETIC,
-            segmenter=segmenter,
+            segmenter=self._segmenter(),
             training_steps=self._study.utility.training_steps,
             seed=0,
             witness=self._witness,
@@ -394,7 +422,7 @@ class _Acts:
         ledger = Ledger(self._place / LEDGER_FILE)
         ledger.verify(*([] if self._witness is None else [self._witness.head]))
         kinds = {entry.key for entry in ledger.entries() if entry.counts}
-        expected = {"warm-up", "round 1", "score", f"utility {SegmenterSource.SYNTHETIC.value}"}
+        expected = {"warm-up", "round 1", course_key(1), "score", f"utility {SegmenterSource.SYNTHETIC.value}"}
         if kinds != expected:
             raise _NotAsItShouldBe(f"the ledger was charged for {sorted(kinds)}, not for {sorted(expected)}")
         return f"{ledger.head.rows} rows hold, and everything that was answered is charged"

@@ -31,6 +31,7 @@ from common.errors import ProtocolError
 from common.protocol import codec
 from common.protocol.manifest import objections
 from common.protocol.messages import (
+    CourseOrder,
     Order,
     RefusalCode,
     RefusalReply,
@@ -197,7 +198,13 @@ def _declared(order_message: Message, reply_message: Message, bytes_out: BytesOu
 
 
 def _budget(order: Order) -> str:
-    what = f"round-{order.round}" if isinstance(order, TrainOrder) else codec.message_type(order)
+    match order:
+        case TrainOrder():
+            what = f"round-{order.round}"
+        case CourseOrder():
+            what = f"course-{order.round}"
+        case _:
+            what = codec.message_type(order)
     return f"{order.study_digest[:16]}/{what}"
 
 

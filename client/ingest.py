@@ -7,6 +7,10 @@
 (5) stack what is left by patient
 
 The report names files and stays at the hospital.
+
+PET (a study whose modality is `pet`) shows lesions, which may lie anywhere in a scan and be several: there the grid is
+laid so that it holds them, where the scan's own centre would not do, and the report says so. NIfTI values of PET are
+taken as SUV, DICOM is turned into it.
 """
 
 from __future__ import annotations
@@ -14,19 +18,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import assert_never
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
+from client.placement import shift_to_hold
 from common.errors import DataError
+from common.settings.site import PartBy
 from common.settings.study import Study
 from common.telemetry.events import Observer, Progress, ignore
+from common.volume.dicom import AmbiguousMask, MaskOutside
 from common.volume.layouts import Layout, Reason, Refused, ScanPair, find_pairs
-from common.volume.nifti import NoOrientation, NotThreeDimensional, read_nifti
+from common.volume.nifti import NoOrientation, NotThreeDimensional
+from common.volume.pet_folders import MODALITY as PET
 from common.volume.prepare import orientation, prepare, to_ras
-from common.volume.volume import Volume
+from common.volume.reading import read_image, read_label
+from common.volume.spacing_groups import spacing_groups
+from common.volume.suv import NoSuv
+from common.volume.volume import Grid, Volume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +48,8 @@ class UsedScan:
     """A scan that became training data, and what a reader should check about it.
 
     orientation: where its voxel axes ran in the file. label_on_grid: share of its labelled volume that
-    lies on the study's grid; far below one means that the grid cuts the structure off.
+    lies on the study's grid; far below one means that the grid cuts the structure off. notes: what was done that
+    a reader might not expect.
     """
 
     patient: str
@@ -44,6 +59,7 @@ class UsedScan:
     spacing_mm: tuple[float, float, float]
     orientation: str
     label_on_grid: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +91,7 @@ class IngestReport:
         return json.dumps({"patients": self.patients, **asdict(self)}, indent=2, ensure_ascii=False, allow_nan=False)
 
     def to_text(self) -> str:
-        """The report for a terminal: counts first, then one line for every refused file."""
+        """The report for a terminal: counts first, then one line for every note and every refused file."""
         lines = [
             f"{self.folder} ({self.layout.value})",
             f"used     {len(self.used)} scans of {self.patients} patients",
@@ -88,6 +104,7 @@ class IngestReport:
         if cut:
             least = min(scan.label_on_grid for scan in cut)
             lines.append(f"warning: the grid cuts off labelled volume in {len(cut)} scans (least kept: {least:.0%})")
+        lines += [f"note     {scan.patient} {scan.scan}: {note}" for scan in self.used for note in scan.notes]
         lines += [f"refused  {scan.path}: {scan.reason.value}{_tail(scan.detail)}" for scan in self.refused]
         return "\n".join(lines) + "\n"
 
@@ -107,19 +124,27 @@ class Ingested:
 _CUT_OFF = 0.95  # resampling alone moves the labelled volume by a few percent
 
 
-def ingest(folder: Path, study: Study, *, part: tuple[int, int] | None = None, observer: Observer = ignore) -> Ingested:
+def ingest(
+    folder: Path,
+    study: Study,
+    *,
+    part: tuple[int, int] | None = None,
+    part_by: PartBy = PartBy.PATIENT,
+    observer: Observer = ignore,
+) -> Ingested:
     """Read, check and prepare every scan of a folder; nothing is written.
 
-    part: (index, parts) keeps the patients that `in_part` gives to one of several simulated sites. Scans
-    are compared for duplicates only within the part: hospitals cannot do more.
+    part: (index, parts) keeps the patients of one of several simulated sites: those that `in_part` gives it, or, by
+    spacing, those of one voxel size. Scans are compared for duplicates only within the part: hospitals cannot do more.
     Raises DataError when the folder is in no known spelling or no patient is usable; the text counts the reasons.
     """
     if part is not None and not 0 <= part[0] < part[1]:
         raise ValueError(f"part is (index, parts) with 0 <= index < parts, got {part}")
     # (1) find the pairs of this part
     found = find_pairs(folder, suffix=study.modality)
-    mine = [pair for pair in found.pairs if in_part(pair.patient, part)]
-    refused = [entry for entry in found.refused if entry.patient is None or in_part(entry.patient, part)]
+    ours = _membership(found.pairs, part, part_by)
+    mine = [pair for pair in found.pairs if ours(pair.patient)]
+    refused = [entry for entry in found.refused if entry.patient is None or ours(entry.patient)]
     # (2) read, (3) prepare
     candidates: list[_Candidate] = []
     sightings: dict[bytes, set[str]] = defaultdict(set)
@@ -152,6 +177,25 @@ def ingest(folder: Path, study: Study, *, part: tuple[int, int] | None = None, o
 def _stacked(pairs: list[NDArray[np.float16]]) -> NDArray[np.float16]:
     """(scans, 1+K, D, H, W); a single scan is not copied, or a large cohort would need its memory twice."""
     return pairs[0][np.newaxis] if len(pairs) == 1 else np.stack(pairs)
+
+
+def _membership(pairs: Sequence[ScanPair], part: tuple[int, int] | None, by: PartBy) -> Callable[[str], bool]:
+    """Whether a patient is of this part. By spacing, patients of no known voxel size are the first site's to name."""
+    match by:
+        case PartBy.PATIENT:
+            return lambda patient: in_part(patient, part)
+        case PartBy.SPACING:
+            index, parts = part or (0, 1)
+            groups = spacing_groups(pairs)
+            if len(groups) != parts:
+                raise DataError(
+                    f"the scans have {len(groups)} voxel sizes and are to be split by them into {parts} sites; nothing "
+                    "was prepared. Ask for as many sites as there are sizes, or split by patient."
+                )
+            others = {patient for i, group in enumerate(groups) if i != index for patient in group}
+            return lambda patient: patient in groups[index] or (index == 0 and patient not in others)
+        case _:
+            assert_never(by)
 
 
 def in_part(patient: str, part: tuple[int, int] | None) -> bool:
@@ -187,18 +231,26 @@ class _NotUsedError(Exception):
 
 def _read(pair: ScanPair, study: Study, sightings: dict[bytes, set[str]]) -> _Candidate:
     """The prepared pair; raises _NotUsedError. A readable image is sighted even when its label is refused."""
-    image = _open(pair.image)
+    image = _open(pair.image, lambda: read_image(pair.image))
     if not np.isfinite(image.voxels).all():
         raise _NotUsedError(pair.image, Reason.NOT_FINITE)
     if image.voxels.min() == image.voxels.max():
         raise _NotUsedError(pair.image, Reason.CONSTANT_IMAGE)
     stored = _print("voxels", to_ras(image).voxels.astype(np.float32))
     sightings[stored].add(pair.patient)
-    label = _open(pair.label)
+    label = _open(pair.label, lambda: read_label(pair.label, image))
     _check_label(pair.label, image, label, study)
     grid = study.grid.as_grid()
+    notes = tuple(_lesion_notes(image, label, study, grid)) if _shows_lesions(study) else ()
     try:
-        prepared = prepare(image, label, labels=study.labels, grid=grid, intensity=study.intensity).astype(np.float16)
+        prepared = prepare(
+            image,
+            label,
+            labels=study.labels,
+            grid=grid,
+            intensity=study.intensity,
+            shift_mm=_shift(label, grid) if _shows_lesions(study) else (0.0, 0.0, 0.0),
+        ).astype(np.float16)
     except DataError as flat:
         raise _NotUsedError(pair.image, Reason.CONSTANT_IMAGE, "within the study's grid and intensity range") from flat
     # The same scan saved in another orientation, type or scale differs in its file but not on the grid.
@@ -215,13 +267,46 @@ def _read(pair: ScanPair, study: Study, sightings: dict[bytes, set[str]]) -> _Ca
         spacing_mm=image.spacing_mm,
         orientation=orientation(image),
         label_on_grid=min(kept, 1.0),
+        notes=notes,
     )
     return _Candidate(source=pair, used=used, pair=prepared, prints=(stored, shown))
 
 
-def _open(path: Path) -> Volume:
+def _shows_lesions(study: Study) -> bool:
+    return study.modality.lower() == PET
+
+
+def _shift(label: Volume, grid: Grid) -> tuple[float, float, float]:
+    x, y, z = shift_to_hold(label, grid)
+    return float(x), float(y), float(z)
+
+
+def _lesion_notes(image: Volume, label: Volume, study: Study, grid: Grid) -> Iterator[str]:
+    """What a reader should know of the lesions of one PET scan."""
+    for value, name in sorted(study.labels.items()):
+        _, parts = ndimage.label(label.voxels == value, structure=np.ones((3, 3, 3)))
+        if parts > 1:
+            yield f"{parts} separate parts are labelled {name}; all are kept, as one label"
+    if any(shift := _shift(label, grid)):
+        moved = ", ".join(f"{abs(mm):.0f} mm to the {way[mm < 0]}" for mm, way in zip(shift, _WAYS, strict=True) if mm)
+        yield f"the grid lies beside the scan's centre to hold the labels: {moved}"
+    if study.intensity.kind == "window" and image.voxels.max() > _HIGHEST_SUV:
+        yield f"values up to {image.voxels.max():.0f} are hardly SUV; NIfTI is taken as it is"
+
+
+_WAYS = (("right", "left"), ("front", "back"), ("top", "bottom"))
+_HIGHEST_SUV = 500.0  # a bladder reaches about 100; becquerels in a millilitre start in the thousands
+
+
+def _open(path: Path, read: Callable[[], Volume]) -> Volume:
     try:
-        return read_nifti(path)
+        return read()
+    except NoSuv as problem:
+        raise _NotUsedError(path, Reason.NO_SUV, problem.what) from problem
+    except MaskOutside as problem:
+        raise _NotUsedError(path, Reason.LABEL_OUTSIDE, str(problem)) from problem
+    except AmbiguousMask as problem:
+        raise _NotUsedError(path, Reason.AMBIGUOUS_LABEL, str(problem)) from problem
     except NotThreeDimensional as problem:
         raise _NotUsedError(path, Reason.NOT_THREE_DIMENSIONAL, str(problem)) from problem
     except NoOrientation as problem:
@@ -233,8 +318,9 @@ def _open(path: Path) -> Volume:
 def _check_label(path: Path, image: Volume, label: Volume, study: Study) -> None:
     """Refuse a label map that cannot be used with this image."""
     if not image.same_geometry(label):
-        detail = f"{image.shape} against {label.shape} voxels" if image.shape != label.shape else "affines differ"
-        raise _NotUsedError(path, Reason.GEOMETRY, detail)
+        if _apart(image, label):
+            raise _NotUsedError(path, Reason.LABEL_OUTSIDE, "its field of view lies beside the image's")
+        raise _NotUsedError(path, Reason.GEOMETRY, _difference(image, label))
     if not np.isfinite(label.voxels).all():
         raise _NotUsedError(path, Reason.NOT_FINITE)
     values = set(np.unique(label.voxels).tolist())
@@ -247,6 +333,28 @@ def _check_label(path: Path, image: Volume, label: Volume, study: Study) -> None
 
 
 _SHOWN = 5
+
+
+def _difference(image: Volume, label: Volume) -> str:
+    if not np.allclose(image.spacing_mm, label.spacing_mm, atol=_SAME_SPACING_MM):
+        return f"voxels of {_millimetres(image.spacing_mm)} against {_millimetres(label.spacing_mm)} mm"
+    return f"{image.shape} against {label.shape} voxels" if image.shape != label.shape else "affines differ"
+
+
+_SAME_SPACING_MM = 1e-3
+
+
+def _apart(image: Volume, label: Volume) -> bool:
+    """Whether the boxes around both fields of view do not touch."""
+    (low, high), (label_low, label_high) = _box_mm(image), _box_mm(label)
+    return bool((high < label_low).any() or (label_high < low).any())
+
+
+def _box_mm(volume: Volume) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Corners of the box around the field of view, RAS+."""
+    edges = [(-0.5, n - 0.5) for n in volume.shape]
+    corners = np.array([[i, j, k, 1.0] for i in edges[0] for j in edges[1] for k in edges[2]]) @ volume.affine.T
+    return corners[:, :3].min(axis=0), corners[:, :3].max(axis=0)
 
 
 def _labelled_mm3(label: Volume) -> float:
@@ -288,7 +396,11 @@ def _relative(entry: Refused, folder: Path) -> RefusedScan:
 
 
 def _spacing(scan: UsedScan) -> str:
-    return " x ".join(f"{mm:.3g}" for mm in scan.spacing_mm)
+    return _millimetres(scan.spacing_mm)
+
+
+def _millimetres(spacing: tuple[float, float, float]) -> str:
+    return " x ".join(f"{mm:.3g}" for mm in spacing)
 
 
 def _counts(counter: Counter[str]) -> str:

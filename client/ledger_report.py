@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final, assert_never
 
 from client.budget import Budget
-from client.orders import study_of
+from client.orders import COURSE_QUESTION, course_epsilon, course_key, study_of
 from client.site_folder import LEDGER_FILE, POLICY_FILE
 from client.store import SiteStore
 from common.errors import IntegrityError, LedgerError, UsageError
@@ -193,6 +193,15 @@ def planned_charges(study: Study) -> dict[Cohort, list[tuple[str, Mechanism]]]:
     members += [(f"round {number + 1}", plan.one_round) for number in range(plan.rounds)]
     members += [("score", mechanism) for mechanism in audit.member_mechanisms]
     nonmembers: list[tuple[str, Mechanism]] = [("score", mechanism) for mechanism in audit.nonmember_mechanisms]
+    if study.course is not None:
+        keys = [course_key(number) for number in study.course.rounds(plan.rounds)]
+        cost = course_epsilon(study)
+        if cost is None:
+            exact = ExactAnswer(question=COURSE_QUESTION)
+            members += [(key, exact) for key in keys]
+            nonmembers += [(key, exact) for key in keys]
+        else:
+            nonmembers += [(key, NoisedCounts(epsilon=cost)) for key in keys]
     if study.utility.training_steps > 0:
         answer = NoisedCounts(epsilon=study.utility.epsilon_per_answer)
         nonmembers += [(f"utility {source.value}", answer) for source in UTILITY_QUESTIONS]

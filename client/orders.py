@@ -15,6 +15,7 @@ from common.privacy.ledger_rows import Cohort
 from common.privacy.mechanism import ExactAnswer, Mechanism, NoisedCounts
 from common.protocol.messages import (
     CanaryOrder,
+    CourseOrder,
     EnrolOrder,
     Order,
     RefusalCode,
@@ -30,10 +31,12 @@ from common.settings.site import OrderKind
 from common.settings.study import Study
 
 REAL_QUESTION = "utility.real"  # how the ledger names an exact answer about a segmenter trained at home
+COURSE_QUESTION = "course"  # and one about the generator of a round
 _MOST_SITES = 1000
 _LARGEST_SEED = 2**63 - 1
 
-PaidOrder = WarmUpOrder | TrainOrder | ScoreOrder | UtilityOrder  # what costs budget, and is therefore answered once
+# What costs budget, and is therefore answered once.
+PaidOrder = WarmUpOrder | TrainOrder | CourseOrder | ScoreOrder | UtilityOrder
 FreeOrder = CanaryOrder | StatementOrder  # about no patient, and answered afresh each time
 Charge = tuple[Cohort, str, Mechanism]
 
@@ -55,6 +58,8 @@ def order_kind(order: Order) -> OrderKind:  # noqa: PLR0911  # one return a case
             return OrderKind.WARM_UP
         case TrainOrder():
             return OrderKind.TRAIN
+        case CourseOrder():
+            return OrderKind.COURSE
         case CanaryOrder():
             return OrderKind.CANARIES
         case ScoreOrder():
@@ -108,12 +113,19 @@ def check_public(order: EnrolOrder, study: Study) -> None:
 
 
 def check_content(
-    order: PaidOrder, study: Study, *, start: Weights, last_round: int, released: bool, site: str
+    order: PaidOrder,
+    study: Study,
+    *,
+    start: Weights,
+    last_round: int,
+    released: bool,
+    course_rounds: frozenset[int],
+    site: str,
 ) -> None:
     """Refuse what is stale or is not what its digest says.
 
     start: the public generator of the enrolment; its names and shapes are the study's. last_round: last one done, or 0.
-    released: whether a warm-up was answered before. site: this site's own name.
+    released: whether a warm-up was answered before. course_rounds: those asked about before. site: this site's name.
     """
     match order:
         case WarmUpOrder():
@@ -125,6 +137,9 @@ def check_content(
                     RefusalCode.STALE,
                     f"round {order.round} is not after round {last_round}, which was done with another order",
                 )
+        case CourseOrder():
+            _check_weights(order, start)
+            _check_course(order, study, course_rounds, last_round=last_round, took_part=released or last_round > 0)
         case ScoreOrder():
             _check_weights(order, start)
             _check_audit(order, study, start, site=site, took_part=released or last_round > 0)
@@ -158,7 +173,31 @@ def _check_warm_up(order: WarmUpOrder, study: Study, last_round: int, *, release
         )
 
 
-def _check_weights(order: TrainOrder | ScoreOrder, start: Weights) -> None:
+def _check_course(
+    order: CourseOrder, study: Study, answered: frozenset[int], *, last_round: int, took_part: bool
+) -> None:
+    """One answer about each round of the study's course: a second one would be a second look, and not in the plan."""
+    if study.course is None or order.round not in study.course.rounds(study.training.rounds):
+        raise OrderRefused(RefusalCode.POLICY, f"the approved study asks nothing about round {order.round}")
+    if (order.volumes, order.epsilon) != (study.course.volumes, course_epsilon(study)):
+        raise OrderRefused(RefusalCode.POLICY, "the order asks for another answer than the approved study")
+    if not took_part:
+        raise OrderRefused(RefusalCode.DIGEST, "this site gave nothing to the study's generator; nothing was measured")
+    if order.round in answered or order.round < last_round:
+        raise OrderRefused(
+            RefusalCode.STALE,
+            f"another question about round {order.round} was answered before, or training has gone on to round "
+            f"{last_round}; nothing was measured",
+        )
+    _check_seed(order.seed)
+
+
+def course_epsilon(study: Study) -> float | None:
+    """What one answer in the course costs each held-out patient; None where it has no noise."""
+    return None if study.course is None or study.course.exact else study.course.epsilon_per_answer
+
+
+def _check_weights(order: TrainOrder | ScoreOrder | CourseOrder, start: Weights) -> None:
     if order.weights.digest != order.weights_digest:
         raise OrderRefused(RefusalCode.DIGEST, "the weights are not what their digest says; nothing was done")
     if order.weights.shapes != start.shapes:
@@ -193,7 +232,12 @@ def audit_plan(order: ScoreOrder) -> AuditPlan:
         raise OrderRefused(RefusalCode.DIGEST, "the audit plan cannot be read; nothing was scored") from error
 
 
-def charges(order: PaidOrder, study: Study) -> Sequence[Charge]:
+def course_key(number: int) -> str:
+    """How the ledger names what the answer about a round cost."""
+    return f"course round {number}"
+
+
+def charges(order: PaidOrder, study: Study) -> Sequence[Charge]:  # noqa: PLR0911  # one return a price
     """Return everything an answer costs: whose patients, what for, and which mechanism."""
     members, nonmembers = Cohort.MEMBERS, Cohort.NONMEMBERS
     match order:
@@ -203,6 +247,12 @@ def charges(order: PaidOrder, study: Study) -> Sequence[Charge]:
             return [(members, "warm-up", order.plan.warm_up)]
         case TrainOrder():
             return [(members, f"round {order.round}", order.plan.one_round)]
+        case CourseOrder():
+            key = course_key(order.round)
+            if order.epsilon is None:  # generator, critic and fidelity say something about members: both pay
+                without_noise = ExactAnswer(question=COURSE_QUESTION)
+                return [(members, key, without_noise), (nonmembers, key, without_noise)]
+            return [(nonmembers, key, NoisedCounts(epsilon=order.epsilon))]
         case ScoreOrder():
             plan = audit_plan(order)
             return [

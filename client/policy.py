@@ -17,6 +17,7 @@ from common.privacy.accounting import epsilon
 from common.privacy.mechanism import Plan, Unit
 from common.protocol.messages import (
     CanaryOrder,
+    CourseOrder,
     EnrolOrder,
     Order,
     ScoreOrder,
@@ -49,7 +50,7 @@ def check(
         *_site_objections(order, policy, now, simulated),
         *approval_objections(policy, order.study_digest, coordinator_key, code),
         *study_objections(policy, study),
-        *_order_objections(order, policy, study),
+        *_order_objections(order, policy, study, simulated=simulated),
     ]
     if objections:
         raise PolicyRefusal(
@@ -95,6 +96,8 @@ def study_objections(policy: SitePolicy, study: Study) -> Iterator[str]:
             yield "the study trains without noise and `research_answers` is not set"
     elif privacy.target_epsilon > policy.epsilon_cap:
         yield f"target epsilon {privacy.target_epsilon:g} is above `epsilon_cap` {policy.epsilon_cap:g}"
+    if study.course is not None and study.course.exact and not policy.research_answers:
+        yield "the study's course asks for answers without noise and `research_answers` is not set"
     if training.rounds > policy.maximum_rounds:
         yield f"{training.rounds} rounds are above `maximum_rounds` {policy.maximum_rounds}"
     steps = training.rounds * training.critic_steps_per_round
@@ -102,7 +105,7 @@ def study_objections(policy: SitePolicy, study: Study) -> Iterator[str]:
         yield f"{steps} steps are above `maximum_steps` {policy.maximum_steps}"
 
 
-def _order_objections(order: Order, policy: SitePolicy, study: Study) -> Iterator[str]:
+def _order_objections(order: Order, policy: SitePolicy, study: Study, *, simulated: bool) -> Iterator[str]:
     match order:
         case WarmUpOrder():
             yield from plan_objections(order.plan, policy, study)
@@ -110,6 +113,8 @@ def _order_objections(order: Order, policy: SitePolicy, study: Study) -> Iterato
             yield from plan_objections(order.plan, policy, study)
             if not 1 <= order.round <= order.plan.rounds:
                 yield f"round {order.round} is not one of 1..{order.plan.rounds}"
+        case CourseOrder():
+            yield from _course_objections(order, policy, study, simulated=simulated)
         case UtilityOrder():
             if order.source is SegmenterSource.REAL and not policy.research_answers:
                 yield "an exact answer was asked for and `research_answers` is not set"
@@ -119,6 +124,15 @@ def _order_objections(order: Order, policy: SitePolicy, study: Study) -> Iterato
             pass
         case _:
             assert_never(order)
+
+
+def _course_objections(order: CourseOrder, policy: SitePolicy, study: Study, *, simulated: bool) -> Iterator[str]:
+    if order.exact and not policy.research_answers:
+        yield "an exact answer was asked for and `research_answers` is not set"
+    if order.exact and not simulated:
+        yield "an exact answer was asked for and this site is not simulated"
+    if study.course is not None and order.training_steps != study.course.training_steps:
+        yield f"{order.training_steps} segmenter steps are not the study's {study.course.training_steps}"
 
 
 def plan_objections(plan: Plan, policy: SitePolicy, study: Study) -> Iterator[str]:

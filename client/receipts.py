@@ -10,6 +10,7 @@ from common.evidence.receipt import Answered, Receipt
 from common.privacy.mechanism_json import mechanism_json
 from common.protocol import codec
 from common.protocol.messages import (
+    CourseOrder,
     EnrolReply,
     Reply,
     ScoreOrder,
@@ -20,9 +21,10 @@ from common.protocol.messages import (
     WarmUpOrder,
 )
 
-_KINDS: Final[dict[type, Literal["warm-up", "train", "score", "utility"]]] = {
+_KINDS: Final[dict[type, Literal["warm-up", "train", "course", "score", "utility"]]] = {
     WarmUpOrder: "warm-up",
     TrainOrder: "train",
+    CourseOrder: "course",
     ScoreOrder: "score",
     UtilityOrder: "utility",
 }
@@ -38,6 +40,8 @@ def answered(order: PaidOrder, reply: Reply, policy: str) -> Answered:
         case TrainOrder():
             weights = reply.weights_digest if isinstance(reply, TrainReply) else None
             return bare.model_copy(update={"round": order.round, "weights": weights})
+        case CourseOrder():
+            return bare.model_copy(update={"round": order.round, "weights": order.weights_digest})
         case ScoreOrder(weights_digest=weights, audit_plan_digest=plan):
             return bare.model_copy(update={"weights": weights, "plan": plan})
         case WarmUpOrder() | UtilityOrder():

@@ -69,6 +69,7 @@ from common.protocol.manifest import Shapes, objections
 from common.protocol.messages import (
     CanaryOrder,
     CanaryReply,
+    CourseOrder,
     EnrolOrder,
     EnrolReply,
     LedgerHead,
@@ -216,7 +217,7 @@ class Site:
                 return self._guess(order, enrolled)
             case StatementOrder():
                 return self._state(order, enrolled)
-            case WarmUpOrder() | TrainOrder() | ScoreOrder() | UtilityOrder():
+            case WarmUpOrder() | TrainOrder() | CourseOrder() | ScoreOrder() | UtilityOrder():
                 return self._answer_once(order, enrolled)
             case _:
                 assert_never(order)
@@ -318,13 +319,15 @@ class Site:
             start=enrolled.order.public_generator,
             last_round=enrolled.store.last_round(),
             released=enrolled.store.released(),
+            course_rounds=enrolled.store.course_rounds(),
             site=self._settings.site,
         )
         with self._budget.reserved(order, enrolled.study, enrolled.store) as reserved:  # (5)
             task = self._task(order, enrolled)
             if isinstance(order, ScoreOrder):  # of public material alone: what fails here is given back
                 task = replace(task, suite=self._work.suite(order, task, audit_plan(order)))
-            state = enrolled.store.last_state() if isinstance(order, TrainOrder | ScoreOrder) else None
+            uses_critic = isinstance(order, TrainOrder | ScoreOrder | CourseOrder)
+            state = enrolled.store.last_state() if uses_critic else None
             reply, kept = self._do(order, task, state, reserved.spend())  # (6)
             if kept is not None and isinstance(order, TrainOrder):  # (7)
                 enrolled.store.save_state(order.round, kept)
@@ -367,6 +370,8 @@ class Site:
                     ),
                     None,
                 )
+            case CourseOrder():
+                return self._work.course(order, task, state, head), None
             case UtilityOrder():
                 return self._work.utility(order, task, head), None
             case _:

@@ -225,7 +225,7 @@ def _scans(
 ) -> tuple[Mapping[str, NDArray[np.float16]], IngestReport | None]:
     if isinstance(site.data, PhantomSource):
         return draw_phantoms(site.data, study), None
-    ingested = ingest(site.data, study, part=site.part, observer=observer)
+    ingested = ingest(site.data, study, part=site.part, part_by=site.part_by, observer=observer)
     return ingested.patients, ingested.report
 
 

@@ -19,7 +19,7 @@ from client.site_folder import LEDGER_FILE, POLICY_FILE, SITE_FILE
 from client.store import SiteStore
 from client.way_out import TIMEOUT_S, Gateway, Step, WayBlocked, ask_gateway
 from common.doctor import Finding, State, disk, machine, software, telemetry
-from common.errors import ConsiliumError, DataError
+from common.errors import ConsiliumError, UsageError
 from common.identity.keys import fingerprint, grouped, load_node_key
 from common.identity.welcome import Welcome
 from common.installed import code_digest
@@ -238,7 +238,7 @@ def data(folder: Path, site: SiteSettings) -> Iterator[Finding]:
         return
     try:
         found = find_pairs(site.data)
-    except DataError as error:
+    except UsageError as error:  # no scans, or DICOM without what reads it
         yield _problem("data", "no scans", str(error))
         return
     patients = {pair.patient for pair in found.pairs}
@@ -261,7 +261,10 @@ def _least_patients(folder: Path) -> int:
 
 
 def _readable(path: Path) -> bool:
+    """A file, or every file of a DICOM series' folder."""
     try:
+        if path.is_dir():
+            return all(_readable(file) for file in path.iterdir())
         with path.open("rb") as stream:
             return len(stream.read(1)) == 1
     except OSError:

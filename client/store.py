@@ -13,7 +13,7 @@
         ├── witness          the last head of the ledger that the coordinator countersigned
         ├── round-0003.state critic and optimisers after round 3; the last two are kept
         ├── replies/warm-up-<order digest>, train-0003-<order digest>, score-<order digest>,
-        │            utility-<order digest>
+        │            course-0003-<order digest>, utility-<order digest>
         └── left/        the same names: digests of each reply that was handed over, for the receipt
 
 Every file is written whole or not at all, and durably before the next one is begun. A round counts as
@@ -55,6 +55,7 @@ from common.evidence.atomic import write_atomic
 from common.evidence.receipt import Answered
 from common.protocol import codec
 from common.protocol.messages import (
+    CourseOrder,
     EnrolOrder,
     LedgerHead,
     Reply,
@@ -72,6 +73,7 @@ RECEIPT_KEY_BYTES = 32
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _WARM_UP = "warm-up-"
 _TRAIN_REPLY = re.compile(r"train-(\d{4,})-[0-9a-f]{64}")
+_COURSE_REPLY = re.compile(r"course-(\d{4,})-[0-9a-f]{64}")
 _STATE = re.compile(r"round-(\d{4,})\.state")
 
 
@@ -284,6 +286,11 @@ class StudyStore:
         """Return whether a warm-up was answered."""
         return any(path.name.startswith(_WARM_UP) for path in self.replies.iterdir())
 
+    def course_rounds(self) -> frozenset[int]:
+        """Return the rounds whose generator this site has answered about."""
+        matches = (_COURSE_REPLY.fullmatch(path.name) for path in self.replies.iterdir())
+        return frozenset(int(match[1]) for match in matches if match)
+
     def keep_review(self, found: Sequence[ReviewCase]) -> None:
         """Store the near-copies of the last answer for the hospital's own reviewer, in place of those before."""
         _write(self.review_file, to_json(found))
@@ -328,6 +335,8 @@ def _reply_name(order: PaidOrder) -> str:
             return f"{_WARM_UP}{digest}"
         case TrainOrder():
             return f"train-{order.round:04d}-{digest}"
+        case CourseOrder():
+            return f"course-{order.round:04d}-{digest}"
         case ScoreOrder():
             return f"score-{digest}"
         case UtilityOrder():

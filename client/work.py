@@ -18,7 +18,7 @@ from client.cohort import Cohort
 from client.ingest import ingest
 from client.orders import OrderRefused
 from client.randomness import SecureStream
-from client.scoring import utility
+from client.scoring import course, utility
 from client.scoring.critic_control import critic_tells, randomised_response
 from client.scoring.score import SiteScores, public_suite, score_site
 from client.training.canaries import canaries_of
@@ -37,6 +37,8 @@ from common.phantom.draw import draw_pairs
 from common.phantom.scanner import site_scanner
 from common.privacy.mechanism import Plan
 from common.protocol.messages import (
+    CourseOrder,
+    CourseReply,
     LedgerHead,
     RefusalCode,
     ScoreOrder,
@@ -83,7 +85,7 @@ def read_patients(settings: SiteSettings, study: Study, observer: Observer) -> M
     """
     if isinstance(settings.data, PhantomSource):
         return draw_phantoms(settings.data, study)
-    ingested = ingest(settings.data, study, part=settings.part, observer=observer)
+    ingested = ingest(settings.data, study, part=settings.part, part_by=settings.part_by, observer=observer)
     write_atomic(Path(settings.state) / INGEST_REPORT, ingested.report.to_json().encode(), mode=0o600)
     return ingested.patients
 
@@ -184,6 +186,26 @@ def measure_utility(order: UtilityOrder, task: Task, head: LedgerHead) -> Utilit
     )
 
 
+def measure_course(order: CourseOrder, task: Task, kept: Mapping[str, Tensor] | None, head: LedgerHead) -> CourseReply:
+    """Answer about the generator of a round. kept: what the last done round left. head: of the ledger, when paid for.
+
+    What a priced answer has no business with is not handed to it.
+    """
+    return course.answer(
+        order,
+        course.Held(
+            study=task.study,
+            cohort=task.cohort,
+            public_generator=task.public_generator,
+            critic=kept if order.exact else None,
+            stream=task.stream,
+            device=task.compute.device,
+        ),
+        research_answers=task.research_answers,
+        ledger_head=head,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class SiteWork:
     """The functions a site works with; the defaults are the real ones."""
@@ -194,3 +216,4 @@ class SiteWork:
     suite: Callable[[ScoreOrder, Task, AuditPlan], Suite | None] = public_suite_of
     score: Callable[[ScoreOrder, Task, AuditPlan, Mapping[str, Tensor] | None], Scored] = score
     utility: Callable[[UtilityOrder, Task, LedgerHead], UtilityReply] = measure_utility
+    course: Callable[[CourseOrder, Task, Mapping[str, Tensor] | None, LedgerHead], CourseReply] = measure_course

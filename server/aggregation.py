@@ -35,14 +35,17 @@ def update_norm(start: Weights, end: Weights) -> float:
     return math.sqrt(math.fsum(squares))
 
 
-def screen(start: Weights, replies: Mapping[str, Weights], *, factor: float = NORM_SCREEN_FACTOR) -> Screened:
+def screen(
+    starts: Mapping[str, Weights], replies: Mapping[str, Weights], *, factor: float = NORM_SCREEN_FACTOR
+) -> Screened:
     """Leave out a site whose update is more than `factor` times as long as the median update.
 
-    It limits what one broken or hostile site can do to everybody's generator; it is no privacy measure.
+    starts: what each site was sent. It limits what one broken or hostile site can do to everybody's generator; it is no
+    privacy measure.
     """
     if len(replies) < NORM_SCREEN_SITES:
         return Screened(kept=tuple(replies), excluded={})
-    norms = {site: update_norm(start, weights) for site, weights in replies.items()}
+    norms = {site: update_norm(starts[site], weights) for site, weights in replies.items()}
     middle = median(norms.values())
     # A zero median means that most sites changed nothing: no length to compare with.
     excluded = {site: norm / middle for site, norm in norms.items() if middle > 0 and norm > factor * middle}

@@ -3,7 +3,8 @@
 (1) warm start on public phantoms; its digest goes into every enrolment
 (2) enrolment: who takes part, hold-outs committed; the audit's plan fixed
 (3) warm-up, where the study has one: noised sums of public features, and the public start fitted to them
-(4) rounds
+(4) rounds; where the study follows the course of training, points between them, and after the last one the choice of
+    the round that everything below is about; for an ensemble, one student distilled from the sites' own generators
 (5) canaries: did training deliver the epsilon it claims; audit: scores, then verdict
 (6) candidates drawn and quarantined
 (7) utility
@@ -21,7 +22,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
@@ -35,16 +36,19 @@ from common.evidence.atomic import write_atomic
 from common.evidence.chain import EvidenceChain
 from common.evidence.predicate import ENROLMENT_RECORD, CohortEpsilon, DecisionFacts, Outcome
 from common.generator.network import read_weights, save_weights
+from common.generator.weights import Weights
 from common.measure.audit_plan import AuditPlan
 from common.privacy.calibration import plan_of
 from common.privacy.mechanism import Plan
 from common.privacy.mechanism_json import mechanism_json
 from common.settings.load import study_digest
-from common.settings.study import Study
+from common.settings.study import Strategy, Study
 from common.telemetry.events import CampaignStarted, Observer, StageFinished
 from server.audit.result import MechanismAudit
 from server.audit_stage import AuditFolder, Question, conduct_audit, fix_plan
-from server.checkpoint import CheckpointStore
+from server.checkpoint import Checkpoint, CheckpointStore
+from server.course_stage import CourseStage, read_course
+from server.distillation import DISTILLATION_RECORD, distillation
 from server.enrolment import Enrolment, enrol, enrolment_from
 from server.evidence_log import append_once, last_record
 from server.mechanism_stage import CANARIES_RECORD, conduct_mechanism_audit, has_claim_to_check
@@ -251,7 +255,9 @@ def _warm_up(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrol
 def _train(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolment, warmed: WarmedUp | None) -> Trained:
     """Stage (4)."""
     digest = study_digest(campaign.study)
-    store = CheckpointStore(campaign.run.checkpoints, study_digest=digest)
+    kept = campaign.study.course.rounds(plan.rounds) if campaign.study.course else ()
+    store = CheckpointStore(campaign.run.checkpoints, study_digest=digest, kept=kept)
+    course = _course(campaign, plan, store, enrolment, warmed)
     campaign.observer(
         CampaignStarted(
             study=campaign.study.study,
@@ -276,9 +282,10 @@ def _train(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolme
                 now=campaign.now,
             ),
             warmed.generator if warmed else public.generator,
+            after=course.after if course else lambda _: None,
         )
         ended(f"{last.record.round} rounds")
-    return Trained(
+    trained = Trained(
         study=campaign.study,
         plan=plan,
         enrolment=enrolment,
@@ -286,6 +293,64 @@ def _train(campaign: Campaign, plan: Plan, public: WarmStart, enrolment: Enrolme
         rounds=tuple(store.records()),
         released=tuple(warmed.sums) if warmed else (),
     )
+    if course is not None:
+        return _chosen(campaign, course, last, trained)
+    return replace(trained, generator=_distilled(campaign, trained, last, public))
+
+
+def _course(
+    campaign: Campaign, plan: Plan, store: CheckpointStore, enrolment: Enrolment, warmed: WarmedUp | None
+) -> CourseStage | None:
+    if campaign.study.course is None:
+        return None
+    return CourseStage(
+        study=campaign.study,
+        settings=campaign.study.course,
+        plan=plan,
+        sites=campaign.sites,
+        run=campaign.run,
+        store=store,
+        participants=enrolment.names,
+        released=frozenset(warmed.sums) if warmed else frozenset(),
+        seed=campaign.seed,
+        chain=campaign.chain,
+        observer=campaign.observer,
+        now=campaign.now,
+    )
+
+
+def _chosen(campaign: Campaign, course: CourseStage, last: Checkpoint, trained: Trained) -> Trained:
+    """The end of stage (4): the training as it stood at the chosen round."""
+    with campaign.stage("course") as ended:
+        at, chosen = course.choose(last)
+        seconds, share = course.share_of_time()
+        how = "chosen" if chosen.row is not None else "kept, because the rule allows no point,"
+        ended(f"round {at.record.round} {how}; points took {seconds:.1f} s, {share:.1%} of the time")
+    measured = read_course(campaign.run)
+    return replace(trained, generator=at.average, chosen_round=at.record.round, course=measured, chosen=chosen)
+
+
+def _distilled(campaign: Campaign, trained: Trained, last: Checkpoint, public: WarmStart) -> Weights:
+    """The end of stage (4): what is audited, from disk when it is there."""
+    if campaign.study.federation.strategy is Strategy.FEDAVG:
+        return trained.generator
+    # A site that missed every fine-tune round speaks through the common generator, which it helped to train.
+    generators = {name: last.own.get(name, last.weights) for name in trained.trainers}
+    with campaign.stage(DISTILLATION_RECORD) as ended:
+        student = distillation(
+            campaign.study,
+            generators,
+            campaign.run.distillation,
+            common=last.average,
+            public=public,
+            site_weights=dict.fromkeys(generators, EQUAL_WEIGHT),
+            seed=derive(campaign.seed, DISTILLATION_RECORD),
+            chain=campaign.chain,
+            observer=campaign.observer,
+            now=campaign.now,
+        )
+        ended(f"of {len(generators)} generators")
+    return student
 
 
 def _guess_canaries(campaign: Campaign, trained: Trained) -> MechanismAudit | None:

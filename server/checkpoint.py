@@ -1,17 +1,17 @@
 """The generator after each round, on disk: whole, checked when read, and enough to go on bit for bit.
 
 A round's checkpoint is two files: `round-0003.safetensors` with the arrays `global/...` (trained on in the
-next round) and, where the study averages over rounds, `average/...`; then `round-0003.json`, whose
-presence says that the round is complete. A crash between the two repeats the round, for which the sites
-answer from their caches.
+next round), where the study averages over rounds `average/...`, and after a fine-tune round `site/NAME/...` of each
+site that has a generator of its own; then `round-0003.json`, whose presence says that the round is complete. A crash
+between the two repeats the round, for which the sites answer from their caches.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Container, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +33,8 @@ class RoundRecord:
 
     replies: digest of the generator of each site that was used, update_norms: L2 norm of its update.
     excluded: fixed phrase by site.
-    weights_digest, average_digest: the mean, and its average over rounds.
+    weights_digest, average_digest: the mean, and its average over rounds; fine-tune rounds leave both as they were.
+    own_digests: after a fine-tune round, of the generator of each site that has one of its own.
     """
 
     study_digest: str
@@ -45,23 +46,31 @@ class RoundRecord:
     weights_digest: str
     average_digest: str
     seconds: float
+    own_digests: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        """What checkpoint and evidence hold. Without fine-tune rounds it is what it was before there were any."""
+        facts = asdict(self)
+        return facts if self.own_digests else {name: fact for name, fact in facts.items() if name != "own_digests"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """Everything the next round needs."""
+    """Everything the next round needs. own: by site, the generator that it alone has gone on training."""
 
     record: RoundRecord
     weights: Weights
     average: Weights
+    own: Mapping[str, Weights] = field(default_factory=dict)
 
 
 class CheckpointStore:
-    """Checkpoints in one folder, which must exist."""
+    """Checkpoints in one folder, which must exist. kept: rounds whose arrays are never removed."""
 
-    def __init__(self, folder: Path, *, study_digest: str) -> None:
+    def __init__(self, folder: Path, *, study_digest: str, kept: Container[int] = ()) -> None:
         self._folder = folder
         self._study_digest = study_digest
+        self._kept = kept
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write the round, then drop arrays of rounds that are no longer needed."""
@@ -69,16 +78,18 @@ class CheckpointStore:
         arrays = {f"global/{name}": array for name, array in checkpoint.weights.arrays.items()}
         if checkpoint.average.digest != checkpoint.weights.digest:
             arrays |= {f"average/{name}": array for name, array in checkpoint.average.arrays.items()}
+        for site, weights in checkpoint.own.items():
+            arrays |= {f"{_prefix(site)}{name}": array for name, array in weights.arrays.items()}
         data: bytes = save(arrays)
         write_atomic(self._arrays(number), data)
         body = {
             "schema": CHECKPOINT_SCHEMA,
             "sha256": hashlib.sha256(data).hexdigest(),
-            **asdict(checkpoint.record),
+            **checkpoint.record.body(),
         }
         write_atomic(self._json(number), (json.dumps(body, indent=2, sort_keys=True) + "\n").encode())
         for old in self.rounds():
-            if old <= number - KEPT_ROUNDS:
+            if old <= number - KEPT_ROUNDS and old not in self._kept:
                 self._arrays(old).unlink(missing_ok=True)
 
     def rounds(self) -> list[int]:
@@ -93,6 +104,10 @@ class CheckpointStore:
         """
         rounds = self.rounds()
         return self._read(rounds[-1], earlier=rounds[:-1]) if rounds else None
+
+    def read(self, number: int) -> Checkpoint:
+        """The checkpoint of one round. Raises IntegrityError when it is damaged, or its arrays are not kept."""
+        return self._read(number, earlier=[earlier for earlier in self.rounds() if earlier < number])
 
     def records(self) -> list[RoundRecord]:
         """Facts of every round held so far. Raises IntegrityError for a damaged one."""
@@ -111,11 +126,13 @@ class CheckpointStore:
             arrays = load(data)
             weights = _named(arrays, "global/")
             average = _named(arrays, "average/") if record.average_digest != record.weights_digest else weights
+            own = {site: _named(arrays, _prefix(site)) for site in record.own_digests}
         except (SafetensorError, ValueError) as error:
             raise self._damaged(number, f"{path.name} cannot be read as weights", earlier) from error
-        if (weights.digest, average.digest) != (record.weights_digest, record.average_digest):
+        found = (weights.digest, average.digest, {site: weights.digest for site, weights in own.items()})
+        if found != (record.weights_digest, record.average_digest, dict(record.own_digests)):
             raise self._damaged(number, f"{path.name} holds other weights than {self._json(number).name} says", earlier)
-        return Checkpoint(record=record, weights=weights, average=average)
+        return Checkpoint(record=record, weights=weights, average=average, own=own)
 
     def _read_record(self, number: int, *, earlier: list[int]) -> tuple[RoundRecord, str]:
         path = self._json(number)
@@ -157,6 +174,10 @@ class CheckpointStore:
 
     def _json(self, number: int) -> Path:
         return self._folder / f"round-{number:04d}.json"
+
+
+def _prefix(site: str) -> str:
+    return f"site/{site}/"
 
 
 def _named(arrays: Mapping[str, Any], prefix: str) -> Weights:

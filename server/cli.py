@@ -29,6 +29,13 @@ def simulate(
         typer.Option(help="Folder of scans, or of one folder site-1, site-2, ... for each hospital; else phantoms."),
     ] = None,
     sites: Annotated[int | None, typer.Option(min=1, help="Number of hospitals.", show_default="3")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="How one folder is shared out. patient: by a hash of the id. spacing: each voxel size is one site.",
+            show_default="spacing for PET of as many sizes as sites, else patient",
+        ),
+    ] = None,
     patients: Annotated[int, typer.Option(min=1, help="Phantom patients of each hospital, without --data.")] = 800,
     engine: Annotated[str, typer.Option(help="local: in this process. flower: Flower's simulation engine.")] = "local",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the whole simulation.")] = 0,
@@ -37,6 +44,7 @@ def simulate(
     """Simulate hospitals on this machine, from enrolment to a signed release or refusal. Exit code 1 for a refusal."""
     # Here, because torch and flwr take seconds to import and `--help` needs neither.
     from common.settings.load import load_study  # noqa: PLC0415
+    from common.settings.site import PartBy  # noqa: PLC0415
     from common.telemetry.show import showing  # noqa: PLC0415
     from server.simulate import simulate as run_simulation  # noqa: PLC0415
     from server.simulated_sites import Cohorts  # noqa: PLC0415
@@ -44,11 +52,14 @@ def simulate(
     engines = {Engine.LOCAL.value: Engine.LOCAL, Engine.FLOWER.value: Engine.FLOWER}
     if engine not in engines:
         raise UsageError(f"--engine is {engine!r}; nothing was done. Choose one of {', '.join(engines)}.")
+    splits = {by.value: by for by in PartBy}
+    if split is not None and split not in splits:
+        raise UsageError(f"--split is {split!r}; nothing was done. Choose one of {', '.join(splits)}.")
     with showing(quiet=as_json) as observer:
         run = run_simulation(
             load_study(study),
             out,
-            Cohorts(folder=data, sites=sites, phantoms=patients),
+            Cohorts(folder=data, sites=sites, phantoms=patients, split=splits[split] if split else None),
             engine=engines[engine],
             seed=seed,
             observer=observer,

@@ -1,13 +1,20 @@
 """The public warm start: generator and critic trained on phantoms only, so it costs no privacy.
 
 Two phases. (1) Every phantom gets a code, its principal component scores, which have zero mean and unit variance
-like the latents the generator will be fed; the generator learns to decode them. (2) The critic learns to tell
+like the latents the generator will be fed; the generator learns to decode them. Where it paints on masks of a fixed
+law, it is shown the phantom's own, which is nobody's, and the code says only what the mask does not: how hot the lesion
+is, and how everything around it looks. (2) The critic learns to tell
 phantoms from generated volumes while the generator answers, in the game the sites will play.
+
+`reconstruct` and `play` take their pairs from anywhere public: `server.distillation` gives them volumes of the sites'
+generators, for the same two lessons.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -19,10 +26,11 @@ from common.adversary.lipschitz import limit_slope
 from common.adversary.losses import fake_loss, real_loss
 from common.adversary.optimisers import critic_optimiser, generator_optimiser
 from common.adversary.steps import generator_step
-from common.generator.network import PairGenerator, build_generator, weights_of
+from common.generator.network import PairGenerator, StudyGenerator, build_generator, weights_of
+from common.generator.transversal import TransversalGenerator, code_size
 from common.generator.weights import Weights
 from common.phantom.draw import public_phantoms
-from common.settings.study import Study
+from common.settings.study import Family, Study
 from common.telemetry.events import Observer, Progress
 
 TASK = "warm start"
@@ -47,18 +55,35 @@ def warm_start(study: Study, seed: int, observer: Observer, device: str = "cpu")
     phantoms = public_phantoms(study, seed, study.warm_start.volumes)
     generator, critic = build_generator(study, seed).to(device), build_critic(study, seed).to(device)
     rng = torch.Generator().manual_seed(seed)
-    game_steps = round(GAME_SHARE * study.warm_start.steps)
-    steps = study.warm_start.steps - game_steps
+    total = study.warm_start.steps
+    game_steps = round(GAME_SHARE * total)
+    steps = total - game_steps
     if steps:
-        _decode(study, generator=generator, phantoms=phantoms, steps=steps, rng=rng, observer=observer)
+        codes = torch.from_numpy(phantom_codes(phantoms, study))
+        reconstruct(
+            study,
+            generator=generator,
+            output=lambda chosen, pairs: _decoded(generator, _blurred(codes[chosen], rng).to(device), pairs[:, 1:]),
+            pairs=phantoms,
+            steps=steps,
+            learning_rate=DECODER_LEARNING_RATE,
+            rng=rng,
+            done=lambda step: observer(Progress(task=TASK, done=step, total=total)),
+        )
     if game_steps:
-        _play(
-            study, generator=generator, critic=critic, phantoms=phantoms, steps=game_steps, rng=rng, observer=observer
+        play(
+            study,
+            generator=generator,
+            critic=critic,
+            pairs=phantoms,
+            steps=game_steps,
+            rng=rng,
+            done=lambda step: observer(Progress(task=TASK, done=steps + step, total=total)),
         )
     return WarmStart(generator=weights_of(generator), critic=weights_of(critic))
 
 
-def principal_codes(phantoms: NDArray[np.float16], size: int) -> NDArray[np.float32]:
+def principal_codes(phantoms: NDArray[np.floating], size: int) -> NDArray[np.float32]:
     """(n, size) principal component scores of the phantoms at half resolution, zero mean and unit variance each.
 
     phantoms: (n, 1+K, D, H, W). The scores are the leading eigenvectors of the (n, n) Gram matrix times sqrt(n), so no
@@ -77,6 +102,47 @@ def principal_codes(phantoms: NDArray[np.float16], size: int) -> NDArray[np.floa
     return codes
 
 
+def phantom_codes(phantoms: NDArray[np.float16], study: Study) -> NDArray[np.float32]:
+    """(n, C): what phase (1) decodes each phantom from; C is what the family's generator takes beside a mask."""
+    match study.family:
+        case Family.WGAN:
+            return principal_codes(phantoms, study.training.latent_size)
+        case Family.TRGAN:
+            return image_codes(phantoms, code_size(study.training.latent_size))
+        case _:
+            assert_never(study.family)
+
+
+def image_codes(phantoms: NDArray[np.float16], size: int) -> NDArray[np.float32]:
+    """(n, size): how an image looks when its mask is known, zero mean and unit variance each.
+
+    First the lesion's mean and standard deviation, then principal component scores of what is not lesion, in
+    which the lesion's voxels hold the mean of the others. phantoms: (n, 2, D, H, W).
+    """
+    images, masks = phantoms[:, 0].astype(np.float32), phantoms[:, 1].astype(np.float32)
+    space = (1, 2, 3)
+    inside = np.maximum(masks.sum(axis=space), 1e-3)
+    mean = (images * masks).sum(axis=space) / inside
+    deviation = np.sqrt(((images - mean[:, None, None, None]) ** 2 * masks).sum(axis=space) / inside)
+    outside = ((1 - masks) * images).sum(axis=space) / np.maximum((1 - masks).sum(axis=space), 1e-3)
+    around = images * (1 - masks) + outside[:, None, None, None] * masks
+    heat = np.stack([mean, deviation], axis=1)
+    heat = (heat - heat.mean(axis=0)) / np.maximum(heat.std(axis=0), 1e-6)
+    return np.concatenate([heat, principal_codes(around[:, None], size - 2)], axis=1).astype(np.float32)
+
+
+def _decoded(generator: StudyGenerator, code: Tensor, masks: Tensor) -> Tensor:
+    """(N, C), (N, K, D, H, W) -> pairs (N, 1+K, D, H, W). masks: of phantoms, for a generator that paints on masks."""
+    match generator:
+        case PairGenerator():
+            pairs: Tensor = generator(code)
+            return pairs
+        case TransversalGenerator():
+            return torch.cat([generator.painter(code, masks), masks], dim=1)
+        case _:
+            assert_never(generator)
+
+
 def reconstruction_loss(output: Tensor, pairs: Tensor) -> Tensor:
     """L1 on the image, cross-entropy and soft Dice on the occupancies.  [Milletari et al. 2016 for Dice]
 
@@ -92,77 +158,88 @@ def reconstruction_loss(output: Tensor, pairs: Tensor) -> Tensor:
     return IMAGE_WEIGHT * image + LABEL_WEIGHT * cross_entropy + (1.0 - dice).mean()
 
 
-def _decode(
+def reconstruct(
     study: Study,
     *,
-    generator: PairGenerator,
-    phantoms: NDArray[np.float16],
+    generator: StudyGenerator,
+    output: Callable[[Tensor, Tensor], Tensor],
+    pairs: NDArray[np.float16],
     steps: int,
+    learning_rate: float,
     rng: torch.Generator,
-    observer: Observer,
+    done: Callable[[int], None],
 ) -> None:
-    """Phase (1). Codes are blurred with noise of their own scale, so that every latent lies near a trained one."""
+    """Phase (1): the generator learns to give `pairs`, (n, 1+K, D, H, W).
+
+    output: what it gives for the chosen ones, from their numbers and themselves. done: told the number of each step.
+    """
     device = next(generator.parameters()).device
-    codes = torch.from_numpy(principal_codes(phantoms, study.training.latent_size))
-    optimiser = torch.optim.Adam(generator.parameters(), lr=DECODER_LEARNING_RATE, betas=(0.5, 0.99))
+    optimiser = torch.optim.Adam(generator.parameters(), lr=learning_rate, betas=(0.5, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, DECODER_LEARNING_RATE, total_steps=steps + 1, pct_start=0.2, cycle_momentum=False
+        optimiser, learning_rate, total_steps=steps + 1, pct_start=0.2, cycle_momentum=False
     )
-    keep = (1.0 - CODE_NOISE**2) ** 0.5  # latents keep unit variance
     for step in range(steps):
-        chosen = torch.randint(len(phantoms), (study.warm_start.batch,), generator=rng)
-        pairs = torch.from_numpy(phantoms[chosen.numpy()].astype(np.float32)).to(device)
-        code = keep * codes[chosen] + CODE_NOISE * torch.randn(codes[chosen].shape, generator=rng)
-        loss = reconstruction_loss(generator(code.to(device)), pairs)
+        chosen = torch.randint(len(pairs), (study.warm_start.batch,), generator=rng)
+        wanted = torch.from_numpy(pairs[chosen.numpy()].astype(np.float32)).to(device)
+        loss = reconstruction_loss(output(chosen, wanted), wanted)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
-        observer(Progress(task=TASK, done=step + 1, total=study.warm_start.steps))
+        done(step + 1)
 
 
-def _play(
+def _blurred(codes: Tensor, rng: torch.Generator) -> Tensor:
+    """Codes with noise of their own scale, so that every latent lies near a trained one. They keep unit variance."""
+    keep = (1.0 - CODE_NOISE**2) ** 0.5
+    blurred: Tensor = keep * codes + CODE_NOISE * torch.randn(codes.shape, generator=rng)
+    return blurred
+
+
+def play(
     study: Study,
     *,
-    generator: PairGenerator,
+    generator: StudyGenerator,
     critic: Critic,
-    phantoms: NDArray[np.float16],
+    pairs: NDArray[np.float16],
     steps: int,
     rng: torch.Generator,
-    observer: Observer,
+    done: Callable[[int], None],
 ) -> None:
-    """Phase (2): the sites' game on phantoms, without noise; the generator keeps a moving average."""
+    """Phase (2): the sites' game on `pairs`, without noise; the generator keeps a moving average.
+
+    done: told the number of each step.
+    """
     device = next(generator.parameters()).device
     training = study.training
     stated = training.critic_steps_per_generator_step
     every = CRITIC_STEPS if stated == "adaptive" else stated  # the ladder answers noise, and here is none
-    critic_steps = critic_optimiser(critic.parameters(), training)
-    generator_steps = generator_optimiser(generator.parameters(), training)
+    critic_steps = critic_optimiser(critic.parameters(), study)
+    generator_steps = generator_optimiser(generator.parameters(), study)
     average = [p.detach().clone() for p in generator.parameters()]
-    first = study.warm_start.steps - steps
     for step in range(steps):
-        pairs = _batch(phantoms, study.warm_start.batch, rng).to(device)
+        real = _batch(pairs, study.warm_start.batch, rng).to(device)
         with torch.no_grad():
             fakes = generator(_latents(study, rng).to(device))
-        loss = real_loss(training.loss, critic(pairs)) + fake_loss(training.loss, critic(fakes))
+        loss = real_loss(training.loss, critic(real)) + fake_loss(training.loss, critic(fakes))
         critic_steps.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         critic_steps.step()
-        limit_slope(critic, training.lipschitz)
+        limit_slope(critic, study, step + 1)
         if (step + 1) % every == 0 and step >= steps // 2:  # the critic first: it starts knowing nothing
             generator_step(generator, critic, generator_steps, training.loss, _latents(study, rng).to(device))
             for mean, parameter in zip(average, generator.parameters(), strict=True):
                 mean.lerp_(parameter.detach(), 1.0 - training.generator_ema)
-        observer(Progress(task=TASK, done=first + step + 1, total=study.warm_start.steps))
+        done(step + 1)
     with torch.no_grad():
         for mean, parameter in zip(average, generator.parameters(), strict=True):
             parameter.copy_(mean)
 
 
-def _batch(phantoms: NDArray[np.float16], size: int, rng: torch.Generator) -> Tensor:
+def _batch(pairs: NDArray[np.float16], size: int, rng: torch.Generator) -> Tensor:
     """(size, 1+K, D, H, W) float32, drawn with replacement."""
-    chosen = torch.randint(len(phantoms), (size,), generator=rng).numpy()
-    return torch.from_numpy(phantoms[chosen].astype(np.float32))
+    chosen = torch.randint(len(pairs), (size,), generator=rng).numpy()
+    return torch.from_numpy(pairs[chosen].astype(np.float32))
 
 
 def _latents(study: Study, rng: torch.Generator) -> Tensor:

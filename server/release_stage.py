@@ -6,6 +6,7 @@ Every function reads back what an earlier attempt left, so a killed coordinator 
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from common.evidence.canonical import Json, sha256_hex
 from common.evidence.chain import EvidenceChain
 from common.evidence.predicate import STATEMENTS_RECORD, Outcome
 from common.evidence.verification import DECISION, EVIDENCE
-from common.generator.network import PairGenerator, generator_from
+from common.generator.network import StudyGenerator, generator_from
 from common.generator.sampling import sample_batches, sample_pairs
 from common.generator.weights import Weights
 from common.phantom.draw import public_phantoms
@@ -40,6 +41,7 @@ from server.audit.report import render_markdown, render_report, render_summary
 from server.audit.result import AuditResult
 from server.audit_stage import Answers
 from server.checkpoint import RoundRecord
+from server.course import Chosen, Course
 from server.enrolment import Enrolment
 from server.evidence_log import append_once, last_record
 from server.federation_epsilon import FederationEpsilon, federation_epsilon
@@ -75,6 +77,8 @@ class Trained:
     """What training left, as the later stages need it.
 
     generator: what is audited and may be released. rounds: every round held. released: sites whose warm-up was used.
+    chosen_round: the round that the generator is of, where the course of training was followed; None for the last one.
+    course, chosen: its points, and how the round was chosen.
     """
 
     study: Study
@@ -83,11 +87,20 @@ class Trained:
     generator: Weights
     rounds: tuple[RoundRecord, ...]
     released: tuple[str, ...] = ()
+    chosen_round: int | None = None
+    course: Course | None = None
+    chosen: Chosen | None = None
+
+    @property
+    def entered(self) -> tuple[RoundRecord, ...]:
+        """Rounds that the generator is made of; those after the chosen one are spent, and are not in it."""
+        last = math.inf if self.chosen_round is None else self.chosen_round
+        return tuple(record for record in self.rounds if record.round <= last)
 
     @property
     def participants(self) -> tuple[str, ...]:
         """Sites whose replies entered the generator, in the order of the study."""
-        used = {*self.released, *joined.from_iterable(record.replies for record in self.rounds)}
+        used = {*self.released, *joined.from_iterable(record.replies for record in self.entered)}
         return tuple(name for name in self.enrolment.names if name in used)
 
     @property
@@ -96,7 +109,7 @@ class Trained:
         return tuple(name for name in self.participants if any(name in record.replies for record in self.rounds))
 
     @property
-    def network(self) -> PairGenerator:
+    def network(self) -> StudyGenerator:
         """The generator, ready to sample."""
         return generator_from(self.study, self.generator)
 
@@ -230,6 +243,7 @@ def decide_release(
         simulated=simulated,
         generator_digest=trained.generator.digest,
         candidates_digest=candidates,
+        course=trained.course,
     )
     return decide(evidence, default_policies(trained.study))
 
@@ -310,6 +324,8 @@ def write_report(
             federation=_federation(statements, trained.plan),
             critic_parameters=sum(p.numel() for p in build_critic(study).parameters()),
             seed=seed if decision.facts.simulated else None,
+            course=trained.course,
+            chosen=trained.chosen,
         ),
     )
     page = render_report(facts)

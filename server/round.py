@@ -4,8 +4,12 @@
 (2) one `TrainOrder` for all: study, round, generator, digest, plan, deadline
 (3)-(6) at each site: check, reserve in the ledger, train, cache the reply
 (7) validate each reply; a bad one becomes `SiteExcluded(reason)`
-(8) norm screen, weighted mean with public weights, average over rounds
+(8) norm screen, weighted mean with public weights, average over rounds; in a fine-tune round each site's generator is
+    kept for itself
 (9) checkpoint, evidence record, telemetry
+
+The last `federation.fine_tune_rounds` of an ensemble are fine-tune rounds: (2) sends each site its own last generator,
+at first the common one. A site whose reply is not used keeps the one it had. Budget and checks are those of any round.
 
 A round that is repeated costs nothing: a site answers the same (study, round) from its cache.
 """
@@ -13,7 +17,7 @@ A round that is repeated costs nothing: a site answers the same (study, round) f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from typing import Final
@@ -63,20 +67,25 @@ class RoundNotHeld:
     excluded: tuple[SiteExcluded, ...]
 
 
-def hold_rounds(campaign: TrainingCampaign, start: Weights) -> Checkpoint:
+def hold_rounds(
+    campaign: TrainingCampaign, start: Weights, *, after: Callable[[Checkpoint], None] = lambda _: None
+) -> Checkpoint:
     """Hold every round that has no checkpoint yet; returns the last checkpoint.
 
-    start: the public generator that round 1 begins with. Raises Unreachable after three rounds in a row
-    that could not be held, and IntegrityError when the last checkpoint is damaged.
+    start: the public generator that round 1 begins with. after: called with each checkpoint before the next round, and
+    with the last one there is when a campaign goes on. Raises Unreachable after three rounds in a row that could not be
+    held, and IntegrityError when the last checkpoint is damaged.
     """
     last = campaign.store.latest()
     if last is not None:
         _record_once(campaign, last.record)
+        after(last)
     failures = 0
     while last is None or last.record.round < campaign.plan.rounds:
         result = hold_round(campaign, last, start)
         if isinstance(result, Checkpoint):
             last, failures = result, 0
+            after(last)
             continue
         failures += 1
         if failures == FAILURES_BEFORE_STOP:
@@ -93,6 +102,8 @@ def hold_round(campaign: TrainingCampaign, last: Checkpoint | None, start: Weigh
     """Steps (1) to (9) for the round after `last`."""
     number = last.record.round + 1 if last else 1
     weights = last.weights if last else start
+    fine_tunes = number > campaign.plan.rounds - campaign.study.federation.fine_tune_rounds
+    own = dict(last.own) if last else {}
     began = campaign.now()
 
     online = campaign.sites.online(campaign.participants)  # (1)
@@ -109,44 +120,55 @@ def hold_round(campaign: TrainingCampaign, last: Checkpoint | None, start: Weigh
         plan=campaign.plan,
         deadline_s=campaign.study.federation.deadline_s,
     )
-    answers = campaign.sites.ask(dict.fromkeys(online, order), order.deadline_s)  # (3)-(6) there
+    orders = {name: _with_weights(order, own.get(name, weights)) for name in online}
+    answers = campaign.sites.ask(orders, order.deadline_s)  # (3)-(6) there
 
     usable: dict[str, Weights] = {}
     reasons: dict[str, str] = {}
     for name in campaign.participants:  # (7)
-        checked = check_reply(answers.get(name, NoReply(reason=NoReplyReason.NOT_CONNECTED)), order)
+        answer = answers.get(name, NoReply(reason=NoReplyReason.NOT_CONNECTED))
+        checked = check_reply(answer, orders.get(name, order))
         if isinstance(checked, Weights):
             usable[name] = checked
         else:
             reasons[name] = checked
 
-    screened = screen(weights, usable)  # (8)
+    sent = {name: orders[name].weights for name in usable}
+    screened = screen(sent, usable)  # (8)
     for name, ratio in screened.excluded.items():
         reasons[name] = f"update is {ratio:.1f} times as long as the median update"
     used = {name: usable[name] for name in screened.kept}
     excluded = _excluded(reasons, number)
     if len(used) < campaign.study.federation.quorum:
         return _not_held(campaign, number, excluded)
-    mean = weighted_mean(used, campaign.site_weights)
-    average = moving_average(last.average if last else None, mean, campaign.study.federation.server_ema)
+    if fine_tunes:
+        mean, average, own = weights, last.average if last else weights, {**own, **used}
+    else:
+        mean = weighted_mean(used, campaign.site_weights)
+        average = moving_average(last.average if last else None, mean, campaign.study.federation.server_ema)
 
     seconds = (campaign.now() - began).total_seconds()
     record = RoundRecord(  # (9)
         study_digest=campaign.study_digest,
         round=number,
         replies={name: reply.digest for name, reply in used.items()},
-        update_norms={name: update_norm(weights, reply) for name, reply in used.items()},
+        update_norms={name: update_norm(sent[name], reply) for name, reply in used.items()},
         excluded=reasons,
         start_digest=weights.digest,
         weights_digest=mean.digest,
         average_digest=average.digest,
         seconds=round(seconds, 3),
+        own_digests={name: own[name].digest for name in sorted(own)},
     )
-    checkpoint = Checkpoint(record=record, weights=mean, average=average)
+    checkpoint = Checkpoint(record=record, weights=mean, average=average, own=own)
     campaign.store.save(checkpoint)
     _record_once(campaign, record)
     _tell(campaign, record, excluded)
     return checkpoint
+
+
+def _with_weights(order: TrainOrder, weights: Weights) -> TrainOrder:
+    return replace(order, weights=weights, weights_digest=weights.digest)
 
 
 def check_reply(answer: Reply | NoReply, order: TrainOrder) -> Weights | str:  # noqa: PLR0911  # one return a case
@@ -194,10 +216,12 @@ def _record_once(campaign: TrainingCampaign, record: RoundRecord) -> None:
     """Append the round to the evidence, unless a run that was killed after its checkpoint had done so."""
     for earlier in reversed(campaign.chain.verify()):
         if earlier.kind == ROUND_RECORD and earlier.body.get("round") == record.round:
-            if earlier.body.get("weights_digest") == record.weights_digest:
+            if earlier.body.get("weights_digest") == record.weights_digest and (
+                earlier.body.get("own_digests", {}) == record.own_digests
+            ):
                 return
             break
-    campaign.chain.append(ROUND_RECORD, asdict(record), campaign.now())
+    campaign.chain.append(ROUND_RECORD, record.body(), campaign.now())
 
 
 def _tell(campaign: TrainingCampaign, record: RoundRecord, excluded: tuple[SiteExcluded, ...]) -> None:

@@ -142,6 +142,11 @@ class RunFolder:
         return self.path / "warm-up"
 
     @property
+    def distillation(self) -> Path:
+        """The student of the sites' own generators; not created here."""
+        return self.path / "distillation"
+
+    @property
     def audit(self) -> Path:
         """Plan, answers and result of the audit."""
         return self.path / "audit"
@@ -165,6 +170,16 @@ class RunFolder:
     def utility(self) -> Path:
         """Table of the utility measurement."""
         return self.path / "utility.json"
+
+    @property
+    def course(self) -> Path:
+        """Points in the course of training; only of a study that has one."""
+        return self.path / "course.json"
+
+    @property
+    def course_segmenters(self) -> Path:
+        """What each point's segmenter was; not created here."""
+        return self.path / "course"
 
     @property
     def report(self) -> Path:

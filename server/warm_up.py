@@ -28,7 +28,7 @@ from common.errors import IntegrityError, Unreachable
 from common.evidence.atomic import write_atomic
 from common.evidence.chain import EvidenceChain
 from common.generator.network import (
-    PairGenerator,
+    StudyGenerator,
     generator_from,
     read_weights,
     save_weights,
@@ -228,7 +228,7 @@ def shrunk(mean: Tensor, *, towards: Tensor, spread: Tensor, noise: float) -> Te
     return towards + shift
 
 
-def mean_features(features: FeatureMap, network: PairGenerator, seed: int) -> Tensor:
+def mean_features(features: FeatureMap, network: StudyGenerator, seed: int) -> Tensor:
     """(d,) float64: mean features of volumes from a public seed, not clipped: see `fit`."""
     rng = torch.Generator().manual_seed(seed)
     latents = torch.randn((LATENTS, network.latent_size), generator=rng)

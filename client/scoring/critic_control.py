@@ -17,7 +17,7 @@ from torch import Tensor
 from client.cohort import Cohort
 from client.randomness import SecureStream
 from client.training.state import GameState
-from common.measure.membership import Stratum, quantile, stratified_auc
+from common.measure.membership import Estimate, Stratum, quantile, stratified_auc
 from common.measure.noised_counts import EXACT
 from common.settings.study import Study
 
@@ -35,14 +35,20 @@ def critic_tells(study: Study, kept: Mapping[str, Tensor], cohort: Cohort, devic
         return False
     critic = GameState.restore(study, kept, device).critic.eval()
     members, nonmembers = (
-        np.array([_score(critic, cohort.scans(p), device) for p in group])
+        np.array([critic_score(critic, cohort.scans(p), device) for p in group])
         for group in (cohort.members, cohort.nonmembers)
     )
     return auc_lower_bound(members, nonmembers) > TELLS
 
 
 def auc_lower_bound(members: NDArray[np.float64], nonmembers: NDArray[np.float64]) -> float:
-    """One-sided 95 % lower bound of the AUC, exact scores.  [DeLong et al. 1988]"""
+    """One-sided 95 % lower bound of the AUC, exact scores."""
+    estimate = exact_auc(members, nonmembers)
+    return estimate.value - quantile(_CONFIDENCE) * math.sqrt(estimate.variance)
+
+
+def exact_auc(members: NDArray[np.float64], nonmembers: NDArray[np.float64]) -> Estimate:
+    """P(a member scores higher than a non-member), ties counting half, from exact scores.  [DeLong et al. 1988]"""
     values = np.unique(np.concatenate([members, nonmembers]))
     counts = [np.bincount(np.searchsorted(values, group), minlength=len(values)) for group in (members, nonmembers)]
     stratum = Stratum(
@@ -51,8 +57,7 @@ def auc_lower_bound(members: NDArray[np.float64], nonmembers: NDArray[np.float64
         member_noise=EXACT,
         nonmember_noise=EXACT,
     )
-    estimate = stratified_auc([stratum])
-    return estimate.value - quantile(_CONFIDENCE) * math.sqrt(estimate.variance)
+    return stratified_auc([stratum])
 
 
 def randomised_response(truth: bool, epsilon: float, stream: SecureStream) -> bool:
@@ -60,6 +65,7 @@ def randomised_response(truth: bool, epsilon: float, stream: SecureStream) -> bo
     return truth if stream.bernoulli(1, math.exp(epsilon) / (1 + math.exp(epsilon)))[0] else not truth
 
 
-def _score(critic: torch.nn.Module, scans: NDArray[np.float16], device: str) -> float:
+def critic_score(critic: torch.nn.Module, scans: NDArray[np.float16], device: str) -> float:
+    """Mean of the critic's output over one patient's scans (n, 1+K, D, H, W)."""
     with torch.no_grad():
         return float(critic(torch.from_numpy(scans.astype(np.float32)).to(device)).mean())

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ from common.adversary.steps import generator_step
 from common.generator.network import load_weights, weights_of
 from common.generator.weights import Weights
 from common.privacy.mechanism import Plan
-from common.settings.study import Lipschitz, Study
+from common.settings.study import Family, Lipschitz, Study
 from common.telemetry.events import Observer, Progress
 
 PENALTY_WEIGHT = 10.0  # [Gulrajani et al. 2017]
@@ -78,11 +79,15 @@ def train_round(
     draws, noise, fakes = stream.fork("draw"), stream.fork("noise"), stream.fork("latent")
     for step in range(plan.steps_per_round):
         patients, numbers = draw_units(cohort, takers, draws, plan.mechanism.sampling_probability)  # (1)
-        views = gather_views(cohort, patients, study.training.views_per_patient, draws).to(state.device)
+        views = gather_views(cohort, patients, study.training.views_per_patient, draws, slices=slice_reach(study)).to(
+            state.device
+        )
         given = None
         if canaries is not None:
             given = Given(gradients=canaries.gradients(numbers, state.device), clip_norm=plan.clip_norm)
-        noised = _critic_step(study, plan, state, clipper, views=views, given=given, noise=noise, fakes=fakes)
+        noised = _critic_step(
+            study, plan, state, clipper, step=step + 1, views=views, given=given, noise=noise, fakes=fakes
+        )
         if canaries is not None:
             state = replace(state, heard=state.heard + canaries.hear(noised))
         state = replace(state, critic_steps=state.critic_steps + 1)
@@ -117,10 +122,28 @@ def _generator_turn(study: Study, plan: Plan, state: GameState, latent: Tensor) 
     return replace(state, ladder=ladder, critic_steps=0)
 
 
-def gather_views(cohort: Cohort, patients: Sequence[str], views: int, stream: SecureStream) -> Tensor:
-    """(B, views, 1+K, D, H, W) float32: `views` random scans of each patient, shifted by up to one voxel."""
+def slice_reach(study: Study) -> int:
+    """By how many slices a view of a scan may be moved along the body, a public constant: the `trgan` family learns
+    from windows of slices, an eighth of the grid up or down.
+    """
+    match study.family:
+        case Family.WGAN:
+            return 0
+        case Family.TRGAN:
+            return study.grid.shape[2] // 8
+        case _:
+            assert_never(study.family)
+
+
+def gather_views(
+    cohort: Cohort, patients: Sequence[str], views: int, stream: SecureStream, *, slices: int = 0
+) -> Tensor:
+    """(B, views, 1+K, D, H, W) float32: `views` random scans of each patient, shifted by up to one voxel.
+
+    slices: how far a view's window of slices may lie from the scan's, along the last axis.
+    """
     rows = [
-        np.stack([_shifted(scans[index], shift) for index, shift in _draw_views(stream, len(scans), views)])
+        np.stack([_shifted(scans[index], shift) for index, shift in _draw_views(stream, len(scans), views, slices)])
         for scans in (cohort.scans(patient) for patient in patients)
     ]
     if not rows:
@@ -128,21 +151,30 @@ def gather_views(cohort: Cohort, patients: Sequence[str], views: int, stream: Se
     return torch.from_numpy(np.stack(rows).astype(np.float32))
 
 
-def _draw_views(stream: SecureStream, scans: int, views: int) -> list[tuple[int, tuple[int, int, int]]]:
+def _draw_views(stream: SecureStream, scans: int, views: int, slices: int) -> list[tuple[int, tuple[int, int, int]]]:
     """Which scan and which shift, one entry a view. The first view of a single scan is the scan itself."""
     indices = stream.integers(views, 0, scans)
     shifts = stream.integers(3 * views, -1, 2).reshape(views, 3)
+    if slices:
+        shifts[:, 2] = stream.integers(views, -slices, slices + 1)
     shifts[0] = 0
     return [(int(i), (int(a), int(b), int(c))) for i, (a, b, c) in zip(indices, shifts, strict=True)]
 
 
 def _shifted(pair: NDArray[np.float16], shift: tuple[int, int, int]) -> NDArray[np.float16]:
-    """The pair moved by whole voxels, edges repeated."""
+    """The pair moved by whole voxels. Beyond an edge it goes on as its mirror image: the edge voxel is repeated once,
+    and the next ones follow, because a stack of equal slices is what no scan looks like.
+    """
     if shift == (0, 0, 0):
         return pair
-    axes = [np.clip(np.arange(n) - s, 0, n - 1) for n, s in zip(pair.shape[1:], shift, strict=True)]
+    axes = [_mirrored(np.arange(n) - s, n) for n, s in zip(pair.shape[1:], shift, strict=True)]
     moved: NDArray[np.float16] = pair[np.ix_(np.arange(len(pair)), *axes)]
     return moved
+
+
+def _mirrored(index: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """Indices into 0..n-1 of a row that is mirrored at both ends; by one voxel that is the same as repeating it."""
+    return np.where(index < 0, -1 - index, np.where(index >= n, 2 * n - 1 - index, index))
 
 
 def _critic_step(
@@ -151,6 +183,7 @@ def _critic_step(
     state: GameState,
     clipper: PatientClipper,
     *,
+    step: int,
     views: Tensor,
     given: Given | None,
     noise: SecureStream,
@@ -178,7 +211,7 @@ def _critic_step(
         gradient = gradient + _penalty_gradient(state, generated, fakes)
     _assign_gradient(critic, gradient)
     state.critic_optimiser.step()
-    limit_slope(critic, training.lipschitz)  # (4)
+    limit_slope(critic, study, step)  # (4)
     return noised
 
 

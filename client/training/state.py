@@ -14,7 +14,7 @@ from client.training.ladder import Ladder
 from common.adversary.critic import Critic, build_critic
 from common.adversary.optimisers import critic_optimiser, generator_optimiser, optimiser_tensors, restore_optimiser
 from common.errors import IntegrityError
-from common.generator.network import PairGenerator, build_generator, load_weights
+from common.generator.network import StudyGenerator, build_generator, load_weights
 from common.generator.weights import Weights
 from common.settings.study import Study
 
@@ -27,7 +27,7 @@ class GameState:
     critic_steps: since the last generator step. ladder: how many are wanted, where the study lets it climb.
     """
 
-    generator: PairGenerator
+    generator: StudyGenerator
     critic: Critic
     generator_optimiser: Optimizer
     critic_optimiser: Optimizer
@@ -50,8 +50,8 @@ class GameState:
         return cls(
             generator=generator,
             critic=critic,
-            generator_optimiser=generator_optimiser(generator.parameters(), study.training),
-            critic_optimiser=critic_optimiser(critic.parameters(), study.training),
+            generator_optimiser=generator_optimiser(generator.parameters(), study),
+            critic_optimiser=critic_optimiser(critic.parameters(), study),
             heard=torch.zeros(study.audit.canaries, dtype=torch.float64),
         )
 

@@ -7,14 +7,23 @@ from typing import assert_never
 import torch
 from torch import nn
 
-from common.settings.study import Lipschitz
+from common.settings.study import Family, Lipschitz, Study
 
 PAPER_CLAMP = 0.01  # the published DP-WGAN's bound on every weight
 
 
-def limit_slope(critic: nn.Module, control: Lipschitz) -> None:
-    """What the study's Lipschitz control does to the critic after its step; a penalty acts in the loss instead."""
-    match control:
+PUBLISHED_PROJECTION_EVERY = 5  # critic steps of the published TrGAN
+
+
+def limit_slope(critic: nn.Module, study: Study, step: int) -> None:
+    """What the study's Lipschitz control does to the critic after its step; a penalty acts in the loss instead.
+
+    step: number of the critic's step, from one, in its round; the published TrGAN projects at every fifth only.
+    """
+    sparse = study.family is Family.TRGAN and study.training.mode == "paper"
+    if sparse and step % PUBLISHED_PROJECTION_EVERY:
+        return
+    match study.training.lipschitz:
         case Lipschitz.PROJECTION:
             project_singular_values(critic)
         case Lipschitz.CLAMP:
@@ -22,7 +31,7 @@ def limit_slope(critic: nn.Module, control: Lipschitz) -> None:
         case Lipschitz.FAKE_PENALTY | Lipschitz.NONE:
             pass
         case _:
-            assert_never(control)
+            assert_never(study.training.lipschitz)
 
 
 def project_singular_values(critic: nn.Module, largest: float = 1.0) -> None:

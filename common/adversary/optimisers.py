@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import assert_never
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Adam, Optimizer, RMSprop
 
-from common.settings.study import TrainingSettings
-
-PAPER_LEARNING_RATE = 5e-5  # both networks of the published DP-WGAN
+from common.settings.study import Family, Study
 
 
-def critic_optimiser(parameters: Iterable[Parameter], training: TrainingSettings) -> Optimizer:
+def critic_optimiser(parameters: Iterable[Parameter], study: Study) -> Optimizer:
     """Adam with beta1 = 0, or the paper's RMSprop."""
-    if training.mode == "paper":
-        return RMSprop(parameters, lr=PAPER_LEARNING_RATE)
-    return Adam(parameters, lr=training.critic_learning_rate, betas=(0.0, 0.9))
+    if study.training.mode == "paper":
+        return RMSprop(parameters, lr=paper_learning_rate(study.family))
+    return Adam(parameters, lr=study.training.critic_learning_rate, betas=(0.0, 0.9))
 
 
-def generator_optimiser(parameters: Iterable[Parameter], training: TrainingSettings) -> Optimizer:
+def generator_optimiser(parameters: Iterable[Parameter], study: Study) -> Optimizer:
     """Adam with beta1 = 0, or the paper's RMSprop."""
-    if training.mode == "paper":
-        return RMSprop(parameters, lr=PAPER_LEARNING_RATE)
-    return Adam(parameters, lr=training.generator_learning_rate, betas=(0.0, 0.9))
+    if study.training.mode == "paper":
+        return RMSprop(parameters, lr=paper_learning_rate(study.family))
+    return Adam(parameters, lr=study.training.generator_learning_rate, betas=(0.0, 0.9))
+
+
+def paper_learning_rate(family: Family) -> float:
+    """Of both networks, as published."""
+    match family:
+        case Family.WGAN:
+            return 5e-5  # [Kossen et al. 2022]
+        case Family.TRGAN:
+            return 3e-5  # [Bergen et al. 2023]
+        case _:
+            assert_never(family)
 
 
 def optimiser_tensors(optimiser: Optimizer, prefix: str) -> dict[str, Tensor]:

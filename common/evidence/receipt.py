@@ -32,10 +32,11 @@ class Answered(Fact):
     """One reply that has left the site, by digests alone.
 
     question, answer: of order and reply as the protocol identifies them. weights: the generator that came out of
-    training, or that was scored. plan: the audit plan that was answered. policy: of the hospital, as it allowed this.
+    training, or that was scored or asked about in the course. plan: the audit plan that was answered. policy: of the
+    hospital, as it allowed this.
     """
 
-    kind: Literal["warm-up", "train", "score", "utility"]
+    kind: Literal["warm-up", "train", "score", "utility", "course"]
     question: Digest
     answer: Digest
     round: _Count | None = None

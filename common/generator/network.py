@@ -1,9 +1,10 @@
-"""The generator of the `wgan` family: one latent vector to one image-and-label pair."""
+"""The generator of each family, and its weights as public arrays. The `wgan` family's own network is here too."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias, assert_never
 
 import torch
 from safetensors import SafetensorError
@@ -13,8 +14,9 @@ from torch.nn import functional as F
 
 from common.errors import IntegrityError
 from common.evidence.atomic import write_atomic
+from common.generator.transversal import PublishedPainter, SlicePainter, TransversalGenerator, code_size
 from common.generator.weights import Weights
-from common.settings.study import Study
+from common.settings.study import Family, Study
 
 
 class PairGenerator(nn.Module):
@@ -67,16 +69,33 @@ class _Stage(nn.Module):
         return F.leaky_relu(self.norm(self.convolution(x)), 0.2)
 
 
-def build_generator(study: Study, seed: int = 0) -> PairGenerator:
+StudyGenerator: TypeAlias = PairGenerator | TransversalGenerator
+
+
+def build_generator(study: Study, seed: int = 0) -> StudyGenerator:
     """The study's generator with weights drawn from a public seed."""
+    training, shape = study.training, study.grid.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return PairGenerator(
-            shape=study.grid.shape,
-            labels=len(study.labels),
-            latent_size=study.training.latent_size,
-            width=study.training.generator_width,
-        )
+        match study.family:
+            case Family.WGAN:
+                return PairGenerator(
+                    shape=shape,
+                    labels=len(study.labels),
+                    latent_size=training.latent_size,
+                    width=training.generator_width,
+                )
+            case Family.TRGAN:
+                painter = PublishedPainter if training.mode == "paper" else SlicePainter
+                return TransversalGenerator(
+                    grid=study.grid.as_grid(),
+                    latent_size=training.latent_size,
+                    painter=painter(
+                        shape=shape, code_size=code_size(training.latent_size), width=training.generator_width
+                    ),
+                )
+            case _:
+                assert_never(study.family)
 
 
 def weights_of(module: nn.Module) -> Weights:
@@ -119,7 +138,7 @@ def read_weights(path: Path) -> Weights:
     return weights
 
 
-def generator_from(study: Study, weights: Weights, device: str = "cpu") -> PairGenerator:
+def generator_from(study: Study, weights: Weights, device: str = "cpu") -> StudyGenerator:
     """The study's generator holding `weights`, in evaluation mode on `device`."""
     generator = build_generator(study)
     load_weights(generator, weights)

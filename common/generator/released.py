@@ -9,7 +9,7 @@ from common.errors import SettingsError, VerificationFailed
 from common.evidence.atomic import whole_folder
 from common.evidence.canonical import canonical_json, parse_json
 from common.evidence.verification import ATTESTATION, GENERATOR, GENERATOR_SPEC, Verified
-from common.generator.network import PairGenerator, generator_from, read_weights
+from common.generator.network import StudyGenerator, generator_from, read_weights
 from common.generator.sampling import sample_batches
 from common.generator.weights import Weights
 from common.settings.load import parse_study, study_digest
@@ -44,7 +44,7 @@ def generator_spec(study: Study, weights: Weights) -> dict[str, object]:
     }
 
 
-def load_released(folder: Path, verified: Verified) -> tuple[Study, PairGenerator]:
+def load_released(folder: Path, verified: Verified) -> tuple[Study, StudyGenerator]:
     """Study and generator of a release that was verified as `verified`.
 
     Raises VerificationFailed when they are not those of the signed decision.
@@ -71,7 +71,7 @@ def draw_dataset(
     target: Path,
     *,
     study: Study,
-    generator: PairGenerator,
+    generator: StudyGenerator,
     verified: Verified,
     n: int,
     seed: int,

@@ -22,10 +22,14 @@ from common.volume.volume import Grid
 LABELS = {
     PhantomKind.VESSELS: {1: "vessel"},
     PhantomKind.HIPPOCAMPUS: {1: "anterior", 2: "posterior"},
+    PhantomKind.LESIONS: {1: "lesion"},
 }
-_SUFFIXES = {PhantomKind.VESSELS: "angio", PhantomKind.HIPPOCAMPUS: "T1w"}
-_SHAPES = {PhantomKind.VESSELS: (48, 48, 48), PhantomKind.HIPPOCAMPUS: (64, 64, 64)}
-_SPACING_MM = (1.0, 1.0, 1.0)
+_SUFFIXES = {PhantomKind.VESSELS: "angio", PhantomKind.HIPPOCAMPUS: "T1w", PhantomKind.LESIONS: "pet"}
+_GRIDS = {
+    PhantomKind.VESSELS: Grid(shape=(48, 48, 48), spacing_mm=(1.0, 1.0, 1.0)),
+    PhantomKind.HIPPOCAMPUS: Grid(shape=(64, 64, 64), spacing_mm=(1.0, 1.0, 1.0)),
+    PhantomKind.LESIONS: Grid(shape=(32, 32, 32), spacing_mm=(5.5, 5.5, 5.5)),
+}
 _REPEAT_EVERY = 4  # every fourth patient comes back for a second scan
 _MOST_VOXELS = 2**24
 
@@ -38,8 +42,9 @@ def phantom(
     patients: Annotated[int, typer.Option(min=1, max=99999, help="Patients of each hospital.")] = 40,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same patients.")] = 0,
     spacing: Annotated[
-        tuple[float, float, float], typer.Option(metavar="X Y Z", help="Edge lengths of a voxel in mm.")
-    ] = _SPACING_MM,
+        tuple[float, float, float] | None,
+        typer.Option(metavar="X Y Z", help="Edge lengths of a voxel in mm.  [default: by kind]"),
+    ] = None,
     shape: Annotated[
         tuple[int, int, int] | None,
         typer.Option(metavar="I J K", help="Voxels; hippocampus crops are smaller.  [default: by kind]"),
@@ -71,10 +76,10 @@ def phantom(
         typer.echo(f"{sum(scans)} scans of {sites * patients} patients ({sites} sites) written to {folder}")
 
 
-def _grid(kind: PhantomKind, shape: tuple[int, int, int] | None, spacing: tuple[float, float, float]) -> Grid:
-    chosen = shape or _SHAPES[kind]
+def _grid(kind: PhantomKind, shape: tuple[int, int, int] | None, spacing: tuple[float, float, float] | None) -> Grid:
+    chosen = shape or _GRIDS[kind].shape
     try:
-        grid = Grid(shape=chosen, spacing_mm=spacing)
+        grid = Grid(shape=chosen, spacing_mm=spacing or _GRIDS[kind].spacing_mm)
     except ValueError as problem:
         raise UsageError(f"{problem}; nothing was written") from problem
     if chosen[0] * chosen[1] * chosen[2] > _MOST_VOXELS:

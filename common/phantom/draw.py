@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.phantom.hippocampus import hippocampus
+from common.phantom.lesions import acquire_pet, lesions
 from common.phantom.scanner import Anatomy, Scanner, site_scanner
 from common.phantom.vessels import vessels
 from common.settings.study import IntensitySettings, PhantomKind, Study
@@ -31,7 +32,7 @@ def draw(kind: PhantomKind, rng: np.random.Generator, scanner: Scanner, grid: Gr
     """One scan of a new individual: image float32 in arbitrary scanner units, label uint8.
 
     Voxels have the grid's spacing, the field of view is at most the grid's.
-    Labels: vessels {1}; hippocampus {1: anterior, 2: posterior}.
+    Labels: vessels {1}; hippocampus {1: anterior, 2: posterior}; lesions {1}, whose unit is the SUV.
     """
     return draw_sessions(kind, rng, scanner, grid, sessions=1)[0]
 
@@ -41,7 +42,7 @@ def draw_sessions(
 ) -> list[tuple[Volume, Volume]]:
     """Several scans of one new individual on the same scanner; the first is what `draw` gives."""
     anatomy = _anatomy(kind, rng, grid)
-    return [scanner.acquire(anatomy, rng) for _ in range(sessions)]
+    return [_acquire(kind, scanner, anatomy, rng) for _ in range(sessions)]
 
 
 def draw_pairs(  # noqa: PLR0917  one reading order for seven plain facts
@@ -93,10 +94,10 @@ def public_phantoms(study: Study, seed: int, count: int) -> NDArray[np.float16]:
 def acquisition_grid(kind: PhantomKind, study_grid: Grid) -> Grid:
     """The voxel grid on which a scan for this study would be taken.
 
-    vessels: the study's own grid. hippocampus: 1 mm where the study's voxels are up to twice as large.
+    vessels, lesions: the study's own grid. hippocampus: 1 mm where the study's voxels are up to twice as large.
     """
     match kind:
-        case PhantomKind.VESSELS:
+        case PhantomKind.VESSELS | PhantomKind.LESIONS:
             return study_grid
         case PhantomKind.HIPPOCAMPUS:
             x, y, z = (min(s, max(_T1_SPACING_MM, s / 2)) for s in study_grid.spacing_mm)
@@ -115,5 +116,17 @@ def _anatomy(kind: PhantomKind, rng: np.random.Generator, grid: Grid) -> Anatomy
             return vessels(rng, grid)
         case PhantomKind.HIPPOCAMPUS:
             return hippocampus(rng, grid)
+        case PhantomKind.LESIONS:
+            return lesions(rng, grid)
+        case _:
+            assert_never(kind)
+
+
+def _acquire(kind: PhantomKind, scanner: Scanner, anatomy: Anatomy, rng: np.random.Generator) -> tuple[Volume, Volume]:
+    match kind:
+        case PhantomKind.VESSELS | PhantomKind.HIPPOCAMPUS:
+            return scanner.acquire(anatomy, rng)
+        case PhantomKind.LESIONS:
+            return acquire_pet(scanner, anatomy, rng)
         case _:
             assert_never(kind)

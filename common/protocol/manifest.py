@@ -6,6 +6,9 @@ Beside the digest of the order's own study a reply may hold
 - to WarmUpOrder: one number a feature, as many as the study asks for, on the grid of the noise;
 - to TrainOrder: the order's round; generator arrays of exactly the agreed names and shapes, float32,
   finite, with their digest;
+- to CourseOrder: the order's round, weights and epsilon; one sum a label and one count, on the grid of
+  `common.measure.dice_sums`; and where the order asks without noise two numbers of patients, one distance a label,
+  every measure of fidelity and four attacks with their deviations, all on one coarse grid;
 - to CanaryOrder: for each rule of the order, the number of guesses it prescribes and how many were right;
 - to ScoreOrder: the order's digests; one histogram for each answer and group of the order's plan,
   with the plan's bins and epsilon; one bit where the plan asks for it;
@@ -34,10 +37,15 @@ from common.privacy.mechanism import DpSgd, ExactAnswer, GaussianRelease, Mechan
 from common.privacy.mechanism_json import mechanism_json
 from common.protocol.messages import (
     RELEASE_GRID,
+    AttackAuc,
     CanaryOrder,
     CanaryReply,
+    CourseOrder,
+    CourseReply,
     EnrolOrder,
     EnrolReply,
+    ExactCourse,
+    FidelityMeasure,
     LedgerHead,
     Order,
     RefusalCode,
@@ -86,6 +94,8 @@ def objections(reply: Reply, *, order: Order, shapes: Shapes, labels: int | None
             found = _warm_up(reply, order)
         case TrainOrder(), TrainReply():
             found = _train(reply, order, shapes)
+        case CourseOrder(), CourseReply():
+            found = _course(reply, order, labels)
         case CanaryOrder(), CanaryReply():
             found = _canaries(reply, order)
         case ScoreOrder(), ScoreReply():
@@ -114,8 +124,12 @@ def _enrol(reply: EnrolReply) -> Iterator[str]:
 def _warm_up(reply: WarmUpReply, order: WarmUpOrder) -> Iterator[str]:
     if len(reply.sums) != order.features:
         yield f"{len(reply.sums)} sums are not the order's {order.features}"
-    if not all(abs(value) <= LARGEST_COUNT and (value / RELEASE_GRID).is_integer() for value in reply.sums):
+    if not all(map(_on_grid, reply.sums)):
         yield "a sum is not on the fixed grid"
+
+
+def _on_grid(value: float) -> bool:
+    return abs(value) <= LARGEST_COUNT and (value / RELEASE_GRID).is_integer()
 
 
 def _train(reply: TrainReply, order: TrainOrder, shapes: Shapes) -> Iterator[str]:
@@ -164,16 +178,52 @@ def _are_counts(values: Sequence[object]) -> bool:
 def _utility(reply: UtilityReply, order: UtilityOrder, labels: int | None) -> Iterator[str]:
     if reply.source is not order.source:
         yield "source is not the order's"
+    yield from _dice(reply, labels)
+    if reply.exact != (reply.source is SegmenterSource.REAL) or reply.exact != (reply.epsilon is None):
+        yield "exact, source and epsilon contradict each other"
+    if reply.epsilon is not None and not reply.epsilon > 0:
+        yield "epsilon is not positive"
+
+
+def _dice(reply: UtilityReply | CourseReply, labels: int | None) -> Iterator[str]:
     # Multiples of half a unit, exact in binary: other digits would be room for something else.
     for value in (*reply.dice_sum, reply.patients):
         if not abs(value) <= LARGEST_COUNT or not float(value * 2 * UNITS).is_integer():
             yield "a sum is not on the fixed grid"
     if len(reply.dice_sum) != labels if labels is not None else not 1 <= len(reply.dice_sum) <= LARGEST_LABELS:
         yield "not one sum for each label"
-    if reply.exact != (reply.source is SegmenterSource.REAL) or reply.exact != (reply.epsilon is None):
-        yield "exact, source and epsilon contradict each other"
-    if reply.epsilon is not None and not reply.epsilon > 0:
-        yield "epsilon is not positive"
+
+
+def _course(reply: CourseReply, order: CourseOrder, labels: int | None) -> Iterator[str]:
+    if (reply.round, reply.weights_digest) != (order.round, order.weights_digest):
+        yield "round or weights are not the order's"
+    yield from _dice(reply, labels)
+    if reply.epsilon != order.epsilon:
+        yield "epsilon is not the order's"
+    if (reply.exact is None) == order.exact:
+        yield "an answer without noise is given exactly when the order asks for one"
+    if reply.exact is not None:
+        yield from _exact_course(reply.exact, len(reply.dice_sum), reply.patients)
+
+
+def _exact_course(exact: ExactCourse, labels: int, patients: float) -> Iterator[str]:
+    if not _are_counts((exact.members, exact.nonmembers)) or min(exact.members, exact.nonmembers) < 0:
+        yield "a number of patients is not a count"
+    if exact.nonmembers != patients:
+        yield "the held-out patients are not as many as their sums"
+    if len(exact.hd95_sum_mm) != labels or not all(d >= 0 and _on_grid(d) for d in exact.hd95_sum_mm):
+        yield "not one distance for each label, on the fixed grid"
+    if tuple(answer.measure for answer in exact.fidelity) != tuple(FidelityMeasure):
+        yield "fidelity is not every measure once, in order"
+    if not all(answer.value is None or _on_grid(answer.value) for answer in exact.fidelity):
+        yield "a measure of fidelity is not on the fixed grid"
+    for attack in (exact.critic, exact.critic_control, exact.generator, exact.generator_control):
+        if attack is not None and not _is_auc(attack):
+            yield "an attack is not an AUC with its deviation, on the fixed grid"
+
+
+def _is_auc(attack: AttackAuc) -> bool:
+    return all(0 <= value <= 1 and _on_grid(value) for value in (attack.auc, attack.deviation))
 
 
 def _head(head: LedgerHead) -> Iterator[str]:

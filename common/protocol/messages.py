@@ -144,6 +144,32 @@ class UtilityOrder:
     witness: WitnessedHead | None = None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CourseOrder:
+    """How good the generator of one round is, and in a research simulation how like the patients and how leaky.
+
+    weights: the round's average, that the segmenter learnt from and that a release would hold. seed, volumes: latent
+    seed and number of the volumes that the site draws itself for an exact answer. training_steps: of the segmenter.
+    epsilon: of the noise; None for an exact answer.
+    """
+
+    study_digest: str
+    round: int
+    weights: Weights
+    weights_digest: str
+    segmenter: Weights
+    seed: int
+    volumes: int
+    training_steps: int
+    epsilon: float | None
+    witness: WitnessedHead | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the answer has no noise, and so no privacy."""
+        return self.epsilon is None
+
+
 @dataclass(frozen=True, kw_only=True)
 class CanaryOrder:
     """Guess which canaries took part in training, from its noised sums alone, and say how many guesses were right.
@@ -165,7 +191,7 @@ class StatementOrder:
     witness: WitnessedHead | None = None
 
 
-Order = EnrolOrder | WarmUpOrder | TrainOrder | CanaryOrder | ScoreOrder | UtilityOrder | StatementOrder
+Order = EnrolOrder | WarmUpOrder | TrainOrder | CourseOrder | CanaryOrder | ScoreOrder | UtilityOrder | StatementOrder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +282,74 @@ class UtilityReply:
     ledger_head: LedgerHead
 
 
+class FidelityMeasure(StrEnum):
+    """How like a site's members synthetic scans are; an exact answer gives each once."""
+
+    FRECHET = "frechet"  # squared Frechet distance of encoder features
+    KERNEL = "kernel"  # kernel inception distance of the same features, unbiased
+    RECALL = "recall"  # F8 of precision and recall of distributions
+    PRECISION = "precision"  # F1/8 of the same
+    SIMILARITY_REAL = "similarity_real"  # mean MS-SSIM among pairs of members
+    SIMILARITY_SYNTHETIC = "similarity_synthetic"  # and of synthetic scans
+    INTENSITY = "intensity"  # largest 1-Wasserstein distance of grey values over the tissues
+    SPECTRUM_DB = "spectrum_db"  # mean difference of radial power spectra
+    RADIOMICS = "radiomics"  # largest Kolmogorov-Smirnov distance of eight features of what the labels cover
+    RADIOMICS_DIFFERING = "radiomics_differing"  # how many of the eight differ with adjusted p at most 0.05
+    RADIOMICS_CORRELATION = "radiomics_correlation"  # difference of the features' correlations
+
+
+@dataclass(frozen=True, kw_only=True)
+class FidelityAnswer:
+    """One measure. value: None where there were too few scans, or no scan had what is measured."""
+
+    measure: FidelityMeasure
+    value: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackAuc:
+    """AUC of an attack inside one site, and the standard deviation of its error."""
+
+    auc: float
+    deviation: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactCourse:
+    """What only a research simulation answers, about real numbers of patients and without noise.
+
+    hd95_sum_mm: per label, over the held-out patients. critic: the site's own critic of that round, members against
+    held-out patients; it never leaves. generator: scores of synthetic volumes alone. Each has a control between two
+    random halves of the members. None where a group has fewer than two patients or there was no score.
+    """
+
+    members: int
+    nonmembers: int
+    hd95_sum_mm: tuple[float, ...]
+    fidelity: tuple[FidelityAnswer, ...]
+    critic: AttackAuc | None
+    critic_control: AttackAuc | None
+    generator: AttackAuc | None
+    generator_control: AttackAuc | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CourseReply:
+    """Summed Dice and number of the held-out patients about one round's generator, as in a UtilityReply.
+
+    epsilon: what it cost each of them; None when exact, and only then `exact` holds more.
+    """
+
+    study_digest: str
+    round: int
+    weights_digest: str
+    dice_sum: tuple[float, ...]
+    patients: float
+    epsilon: float | None
+    exact: ExactCourse | None
+    ledger_head: LedgerHead
+
+
 @dataclass(frozen=True, kw_only=True)
 class CanaryReply:
     """Right guesses about canaries, in total. Not which, nor what was heard of any of them.
@@ -290,4 +384,14 @@ class RefusalReply:
     code: RefusalCode
 
 
-Reply = EnrolReply | WarmUpReply | TrainReply | CanaryReply | ScoreReply | UtilityReply | StatementReply | RefusalReply
+Reply = (
+    EnrolReply
+    | WarmUpReply
+    | TrainReply
+    | CourseReply
+    | CanaryReply
+    | ScoreReply
+    | UtilityReply
+    | StatementReply
+    | RefusalReply
+)

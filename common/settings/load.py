@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from common.errors import SettingsError
 from common.settings.by_rule import fill
-from common.settings.study import AttackName, Lipschitz, Loss, PrivacySettings, Settings, Study
+from common.settings.study import AttackName, Family, Lipschitz, Loss, PrivacySettings, Settings, Strategy, Study
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -31,6 +31,8 @@ GRID_SMALLEST, GRID_LARGEST = 16, 128
 MOST_FEATURES = 128  # of a warm-up release
 _FEWEST_COMPARED = 64  # volumes: the components that densities are fitted in
 _LARGEST_CANARIES_MIB = 512
+TRGAN_SMALLEST_LATENT = 32  # of which 23 are the lesion, see `common.generator.lesions`
+TRGAN_FEWEST_VOXELS = 12  # of the longest edge, along the grid's shortest side
 LABEL_LARGEST = 255  # label volumes are uint8
 
 
@@ -122,8 +124,11 @@ def study_problems(study: Study) -> list[str]:
         *_warm_up_problems(study),
         *_threshold_problems(study),
         *_game_problems(study),
+        *_trgan_problems(study),
         *_canary_problems(study),
         *_audit_problems(study),
+        *_course_problems(study),
+        *_ensemble_problems(study),
     ]
 
 
@@ -193,6 +198,46 @@ def _game_problems(study: Study) -> Iterator[str]:
         )
 
 
+def _trgan_problems(study: Study) -> Iterator[str]:
+    """What a generator that paints slices on one procedural lesion cannot do."""
+    if study.family is not Family.TRGAN:
+        return
+    training, grid = study.training, study.grid
+    if len(study.labels) != 1:
+        yield f"labels: family trgan paints on the mask of one label, got {len(study.labels)}; join them, or take wgan"
+    if training.latent_size < TRGAN_SMALLEST_LATENT:
+        yield (
+            f"training.latent_size: {training.latent_size} is too small for family trgan, which takes 23 numbers for "
+            f"the lesion alone; at least {TRGAN_SMALLEST_LATENT} are needed"
+        )
+    shortest = min(n * s for n, s in zip(grid.shape, grid.spacing_mm, strict=True))
+    if max(grid.spacing_mm) * TRGAN_FEWEST_VOXELS > shortest:
+        yield (
+            f"grid: the shortest side is {shortest:g} mm and a voxel up to {max(grid.spacing_mm):g} mm long; family "
+            f"trgan draws lesions that need {TRGAN_FEWEST_VOXELS} such voxels along every side"
+        )
+    if training.mode == "paper":
+        yield from _published_trgan_problems(study)
+
+
+def _published_trgan_problems(study: Study) -> Iterator[str]:
+    """The published TrGAN is one recipe, and has no differential privacy."""
+    training = study.training
+    if study.privacy.target_epsilon is not None:
+        yield (
+            "training.mode: `paper` is TrGAN as published, which has no differential privacy; set "
+            "privacy.target_epsilon: null for research in simulation, or take mode: platform"
+        )
+    stated = {
+        "loss": (training.loss, Loss.WASSERSTEIN),
+        "lipschitz": (training.lipschitz, Lipschitz.PROJECTION),
+        "critic_steps_per_generator_step": (training.critic_steps_per_generator_step, 1),
+    }
+    for key, (is_now, published) in stated.items():
+        if is_now != published:
+            yield f"training.{key}: `mode: paper` of family trgan has {published}, got {is_now}"
+
+
 def _audit_problems(study: Study) -> Iterator[str]:
     """Material that an attack of the plan could never have: said now, not after patients have paid for the attempt."""
     audit = study.audit
@@ -211,6 +256,42 @@ def _audit_problems(study: Study) -> Iterator[str]:
         yield (
             f"release.volumes: {study.release.volumes} are more than the {audit.volumes} of audit.volumes that "
             "patients are compared with; every released volume is audited"
+        )
+
+
+def _course_problems(study: Study) -> Iterator[str]:
+    course, rounds = study.course, study.training.rounds
+    if course is None:
+        return
+    if course.every_rounds > rounds:
+        yield f"course.every_rounds: {course.every_rounds} is more than the {rounds} rounds; there would be no point"
+    cost = len(course.rounds(rounds)) * course.epsilon_per_answer
+    if not course.exact and cost > study.privacy.epsilon_cap:
+        yield (
+            f"course: {len(course.rounds(rounds))} answers of epsilon {course.epsilon_per_answer:g} cost each held-out "
+            f"patient {cost:g}, above privacy.epsilon_cap {study.privacy.epsilon_cap:g}; raise every_rounds or lower "
+            "epsilon_per_answer"
+        )
+
+
+def _ensemble_problems(study: Study) -> Iterator[str]:
+    federation, rounds = study.federation, study.training.rounds
+    if federation.strategy is not Strategy.ENSEMBLE:
+        return
+    if federation.fine_tune_rounds > rounds:
+        yield (
+            f"federation.fine_tune_rounds: {federation.fine_tune_rounds} are more than the {rounds} of "
+            "training.rounds, whose last ones they are"
+        )
+    if federation.distil_volumes < study.warm_start.batch:
+        yield (
+            f"federation.distil_volumes: {federation.distil_volumes} are fewer than the {study.warm_start.batch} of "
+            "warm_start.batch, in which the student takes them"
+        )
+    if study.course is not None:
+        yield (
+            "course: it chooses among averaged generators, and `federation.strategy: ensemble` releases a student of "
+            "the sites' own; leave one of the two out"
         )
 
 

@@ -36,12 +36,19 @@ class Precision(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class PartBy(StrEnum):
+    """How a folder is shared out among simulated sites."""
+
+    PATIENT = "patient"  # by a hash of the patient's id
+    SPACING = "spacing"  # by voxel size: each size that occurs is one site's
+
+
 class SiteSettings(Settings):
     """One site's installation.
 
-    data: folder of scans, or phantoms. part: (index, parts) takes only the patients of one share of the folder;
-    for simulation, where several sites read one folder. reference_set: folder of scans that are public, or whose
-    people consented to be compared with; an audit that needs one refuses without it.
+    data: folder of scans, or phantoms. part: (index, parts) takes only the patients of one share of the folder, shared
+    out by `part_by`; for simulation, where several sites read one folder. reference_set: folder of scans that are
+    public, or whose people consented to be compared with; an audit that needs one refuses without it.
     state: folder for cohort, ledger, critic and replies.
     device, precision: of training. training_memory_mib: what a critic's step may hold beside the networks; a larger
     draw is worked on in parts, with the same result up to rounding, so that no draw can fail for its size.
@@ -51,6 +58,7 @@ class SiteSettings(Settings):
     site: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     data: Path | PhantomSource
     part: tuple[int, int] | None = None
+    part_by: Annotated[PartBy, Field(strict=False)] = PartBy.PATIENT
     reference_set: Path | None = None
     state: Path
     device: Literal["cpu", "cuda"] = "cpu"
@@ -76,6 +84,8 @@ class SiteSettings(Settings):
                 raise ValueError(f"part: index {index} must lie in 0..{parts - 1}")
             if isinstance(self.data, PhantomSource):
                 raise ValueError("part: only a folder is shared out; phantoms are drawn per site")
+        elif self.part_by is not PartBy.PATIENT:
+            raise ValueError("part_by: says how a folder is shared out, and needs `part`")
         return self
 
     @property
@@ -93,6 +103,7 @@ class OrderKind(StrEnum):
     CANARIES = "canaries"
     SCORE = "score"
     UTILITY = "utility"
+    COURSE = "course"
     STATEMENT = "statement"
 
 

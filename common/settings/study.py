@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from common.volume.volume import Grid
 
@@ -23,7 +23,8 @@ Positive = Annotated[float, Field(gt=0)]
 class Family(StrEnum):
     """Generator families."""
 
-    WGAN = "wgan"
+    WGAN = "wgan"  # image and labels together, in three dimensions
+    TRGAN = "trgan"  # slices of an image painted on a procedural lesion
 
 
 class PhantomKind(StrEnum):
@@ -31,6 +32,7 @@ class PhantomKind(StrEnum):
 
     VESSELS = "vessels"
     HIPPOCAMPUS = "hippocampus"
+    LESIONS = "lesions"
 
 
 class GridSettings(Settings):
@@ -151,13 +153,51 @@ class WarmUpSettings(Settings):
         return 2 * self.components + labels * (offsets + self.volume_bins) + (labels + 1) * self.histogram_bins
 
 
+class Strategy(StrEnum):
+    """What becomes of the sites' generators."""
+
+    FEDAVG = "fedavg"  # averaged after every round
+    ENSEMBLE = "ensemble"  # averaged, then trained on by each site alone; one student learns from them all
+
+
 class FederationSettings(Settings):
-    """Who must answer. Weights of sites are public and equal unless stated."""
+    """Who must answer, and what becomes of the answers. Weights of sites are public and equal unless stated.
+
+    fine_tune_rounds: of an `ensemble`: the last so many of `training.rounds`, in which each site goes on with its own
+    generator. Same plan and same budget. distil_steps, distil_volumes: of the student that is audited and released:
+    its training steps, and the volumes of the sites' generators that it learns from. Neither costs any privacy.
+    """
 
     quorum: Annotated[int, Field(ge=1)] = 2
     deadline_s: Positive = 3600.0
     server_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     minimum_patients: Annotated[int, Field(ge=2)] = 20
+    strategy: Annotated[Strategy, Field(strict=False)] = Strategy.FEDAVG
+    fine_tune_rounds: Annotated[int, Field(ge=0)] = 0
+    distil_steps: Annotated[int, Field(ge=1)] = 400
+    distil_volumes: Annotated[int, Field(ge=16)] = 512
+
+    @model_validator(mode="after")
+    def _only_an_ensemble_is_distilled(self) -> FederationSettings:
+        if self.strategy is Strategy.ENSEMBLE:
+            if self.fine_tune_rounds == 0:
+                raise ValueError("strategy ensemble needs fine_tune_rounds of at least 1: without them no site differs")
+            return self
+        for key in _OF_AN_ENSEMBLE:
+            if getattr(self, key) != FederationSettings.model_fields[key].default:
+                raise ValueError(f"{key} is of strategy ensemble only; leave it out, or state that strategy")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before_ensembles(self, usual: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """A study without an ensemble keeps the JSON, and so the digest, that it had before there were any."""
+        whole: dict[str, object] = usual(self)
+        if self.strategy is Strategy.FEDAVG:
+            return {key: value for key, value in whole.items() if key not in {"strategy", *_OF_AN_ENSEMBLE}}
+        return whole
+
+
+_OF_AN_ENSEMBLE = ("fine_tune_rounds", "distil_steps", "distil_volumes")
 
 
 class AttackName(StrEnum):
@@ -251,8 +291,44 @@ class UtilitySettings(Settings):
     epsilon_per_answer: Positive = 1.0
 
 
+class CourseAnswers(StrEnum):
+    """What the sites are asked in the course of training."""
+
+    EXACT = "exact"  # utility, fidelity and attacks, without noise: a research simulation alone
+    PAID = "paid"  # utility on held-out patients, with noise and charged to them
+
+
+class CourseSettings(Settings):
+    """Utility, and in a research simulation fidelity and attacks, after every few rounds; and which round is audited.
+
+    every_rounds: a point after each such number of rounds. volumes, training_steps: synthetic volumes of the round,
+    and steps of the segmenter that learns from them. epsilon_per_answer: pure epsilon that a `paid` point costs each
+    held-out patient. max_auc, epsilon_cap: of the rule that chooses the point of highest utility among those whose
+    attack on the generator stays, with its upper bound, at most at `max_auc`, and whose training has spent at most
+    `epsilon_cap`; null sets no cap. Where answers are `paid` nothing is attacked before the audit, and only the cap
+    binds.
+    """
+
+    every_rounds: Annotated[int, Field(ge=1)]
+    volumes: Annotated[int, Field(ge=16)] = 64
+    training_steps: Annotated[int, Field(ge=1)] = 150
+    answers: Annotated[CourseAnswers, Field(strict=False)] = CourseAnswers.PAID
+    epsilon_per_answer: Positive = 0.25
+    max_auc: Annotated[float, Field(gt=0.5, le=1)] = 0.60
+    epsilon_cap: Positive | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether answers have no noise."""
+        return self.answers is CourseAnswers.EXACT
+
+    def rounds(self, training_rounds: int) -> tuple[int, ...]:
+        """After which rounds of so many there is a point."""
+        return tuple(range(self.every_rounds, training_rounds + 1, self.every_rounds))
+
+
 class Study(Settings):
-    """One federated campaign."""
+    """One federated campaign. A `course` that is null is not part of its JSON: studies from before it keep theirs."""
 
     study: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     purpose: Annotated[str, Field(min_length=10)]
@@ -269,3 +345,4 @@ class Study(Settings):
     audit: AuditSettings = AuditSettings()
     release: ReleaseSettings = ReleaseSettings()
     utility: UtilitySettings = UtilitySettings()
+    course: CourseSettings | None = Field(default=None, exclude_if=lambda course: course is None)

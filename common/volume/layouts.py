@@ -1,13 +1,16 @@
-"""Where a folder keeps its image+label pairs: three spellings, told apart by what lies in the folder.
+"""Where a folder keeps its image+label pairs: five spellings, told apart by what lies in the folder.
 
 In this order, and the first that is present is used alone:
 
 manifest     manifest.csv with columns patient,image,label[,scan]; paths relative to the folder
 BIDS         sub-*/[ses-*/](anat|pet)/*_<suffix>.nii.gz, labels *_dseg or *_mask beside them or in derivatives/*/
 nnU-Net      imagesTr+labelsTr or images+labels; images may end in the channel _0000
+PET          */PET_image.nii.gz with */PET_mask.nii.gz, in SUV; other modalities beside them are ignored
+DICOM        */**/*.dcm: a PET series in a folder, with an RTSTRUCT that is drawn on it (extra `dicom`)
 
-Whose scan it is: the column `patient`; the BIDS `sub-`; or the nnU-Net case name up to the first `__` or
-`_ses-`, the rest naming the scan (`p07__a`, `p07__b` and `p07_ses-2` are three scans of patient p07).
+Whose scan it is: the column `patient`; the BIDS `sub-`; of PET and DICOM the name of the sub-folder; or the nnU-Net
+case name up to the first `__` or `_ses-`, the rest naming the scan (`p07__a`, `p07__b` and `p07_ses-2` are three scans
+of patient p07).
 Files whose name starts with a dot (macOS writes `._name` beside `name`) are ignored.
 """
 
@@ -24,6 +27,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from common.errors import DataError
 from common.volume.nifti import SUFFIXES
+from common.volume.pet_folders import MODALITY, PetCase, dicom_cases, has_dicom, has_pet_files, pet_files
 
 _DATATYPES = ("anat", "pet")
 _LABEL_SUFFIXES = ("dseg", "mask")  # the first is preferred: a mask may show anything, a brain for instance
@@ -40,6 +44,8 @@ class Layout(StrEnum):
     MANIFEST = "manifest"
     BIDS = "bids"
     NNUNET = "nnunet"
+    PET = "pet"
+    DICOM = "dicom"
 
 
 class Reason(StrEnum):
@@ -58,8 +64,10 @@ class Reason(StrEnum):
     NOT_THREE_DIMENSIONAL = "not three-dimensional"
     NO_ORIENTATION = "orientation not stated"
     NOT_FINITE = "values that are not finite"
+    NO_SUV = "SUV cannot be computed"
     CONSTANT_IMAGE = "image without contrast"
     GEOMETRY = "image and label differ in geometry"
+    LABEL_OUTSIDE = "label outside the scan"
     UNEXPECTED_LABEL = "label values the study does not name"
     EMPTY_LABEL = "no labelled voxel on the study's grid"
     DUPLICATE_ACROSS_PATIENTS = "same scan under two patients"
@@ -108,7 +116,7 @@ class ImageFile:
 def find_images(folder: Path, *, suffix: str | None = None) -> tuple[tuple[ImageFile, ...], tuple[Refused, ...]]:
     """Every scan of a folder with its label map if there is one, in sorted order; files that cannot be used.
 
-    In one of the three spellings, or a plain folder of files (or `images`, `imagesTr` without labels), named as nnU-Net
+    In one of the five spellings, or a plain folder of files (or `images`, `imagesTr` without labels), named as nnU-Net
     cases are. suffix: as in `find_pairs`. Raises DataError for what is no folder, or a manifest that cannot be read.
     """
     if not folder.is_dir():
@@ -133,12 +141,16 @@ def find_images(folder: Path, *, suffix: str | None = None) -> tuple[tuple[Image
 
 
 def layout_of(folder: Path) -> Layout | None:
-    """The spelling of a folder; None when it is in none of the three."""
+    """The spelling of a folder; None when it is in none of the five."""
     if (folder / _MANIFEST).is_file():
         return Layout.MANIFEST
     if any(path.is_dir() for path in folder.glob("sub-*")):
         return Layout.BIDS
-    return Layout.NNUNET if _nnunet_folders(folder) else None
+    if _nnunet_folders(folder):
+        return Layout.NNUNET
+    if has_pet_files(folder):
+        return Layout.PET
+    return Layout.DICOM if has_dicom(folder) else None
 
 
 def _nnunet_folders(folder: Path) -> list[tuple[Path, Path]]:
@@ -147,10 +159,11 @@ def _nnunet_folders(folder: Path) -> list[tuple[Path, Path]]:
 
 
 def find_pairs(folder: Path, *, suffix: str | None = None) -> Found:
-    """The image+label pairs in a folder; no scan is opened.
+    """The image+label pairs in a folder; no scan is opened, but for the headers of DICOM.
 
-    suffix: in BIDS, the image suffix to take (`T1w`, `angio`); None takes every image.
-    Raises DataError when the folder is in none of the three spellings, or its manifest cannot be read.
+    suffix: in BIDS, the image suffix to take (`T1w`, `angio`); None takes every image. PET and DICOM hold `pet`.
+    Raises UsageError for DICOM without the extra `dicom`, DataError when the folder is in none of the five spellings,
+    or its manifest cannot be read.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; no scan was read")
@@ -162,11 +175,16 @@ def find_pairs(folder: Path, *, suffix: str | None = None) -> Found:
             pairs, refused = _from_bids(folder, suffix)
         case Layout.NNUNET:
             pairs, refused = _from_nnunet(*_nnunet_folders(folder)[0])
+        case Layout.PET | Layout.DICOM:
+            if suffix is not None and suffix.lower() != MODALITY:
+                raise DataError(f"{folder} holds PET; the study's modality is {suffix}; no scan was read")
+            pairs, refused = _from_cases(folder, pet_files(folder) if layout is Layout.PET else dicom_cases(folder))
         case _:
             raise DataError(
-                f"{folder} holds none of the three spellings: {_MANIFEST} (columns patient,image,label), "
+                f"{folder} holds none of the five spellings: {_MANIFEST} (columns patient,image,label), "
                 "BIDS (sub-*/anat/*_<suffix>.nii.gz with *_dseg.nii.gz or *_mask.nii.gz), "
-                "nnU-Net (imagesTr and labelsTr, or images and labels); no scan was read"
+                "nnU-Net (imagesTr and labelsTr, or images and labels), "
+                "PET (*/PET_image.nii.gz with */PET_mask.nii.gz), DICOM (*/**/*.dcm); no scan was read"
             )
     pairs, twins = _apart(pairs)
     return Found(
@@ -317,6 +335,31 @@ def _bids_files(root: Path) -> tuple[list[_BidsFile], list[Refused]]:
                 else:
                     misplaced.append(Refused(path=path, reason=Reason.WRONG_FOLDER))
     return files, misplaced
+
+
+# ---- PET, one sub-folder a patient
+
+
+def _from_cases(folder: Path, cases: Iterator[PetCase]) -> _Result:
+    pairs: list[ScanPair] = []
+    refused: list[Refused] = []
+    for case in cases:
+        patient = case.patient
+        refused += [Refused(path=path, reason=Reason.UNREADABLE, patient=patient) for path in case.unreadable]
+        match case.images, case.masks:
+            case (), ():
+                if not case.unreadable:
+                    refused.append(Refused(path=folder / patient, reason=Reason.MISSING_IMAGE, patient=patient))
+            case (), masks:
+                refused += [Refused(path=path, reason=Reason.MISSING_IMAGE, patient=patient) for path in masks]
+            case (image,), (label,):
+                pairs.append(ScanPair(patient=patient, scan=case.scan, image=image, label=label))
+            case (image,), masks:
+                reason = Reason.AMBIGUOUS_LABEL if masks else Reason.MISSING_LABEL
+                refused.append(Refused(path=image, reason=reason, patient=patient))
+            case images, _:
+                refused += [Refused(path=path, reason=Reason.NAMED_TWICE, patient=patient) for path in images]
+    return pairs, refused
 
 
 # ---- manifest

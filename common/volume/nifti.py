@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import nibabel.imageglobals
@@ -53,6 +54,19 @@ def read_nifti(path: Path) -> Volume:
         raise DataError(f"the file is damaged or not NIfTI ({type(damage).__name__}); it was not read") from damage
 
 
+def read_nifti_geometry(path: Path) -> Volume:
+    """Shape and affine of a file, its voxels all zero and taking no memory: only the header is read.
+
+    Raises as `read_nifti` does, for what the header shows.
+    """
+    try:
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as stream, _silent_nibabel():
+            image, shape = _checked(stream)
+            return Volume(voxels=np.broadcast_to(np.uint8(0), shape), affine=np.asarray(image.affine, dtype=np.float64))
+    except _DAMAGED as damage:
+        raise DataError(f"the file is damaged or not NIfTI ({type(damage).__name__}); it was not read") from damage
+
+
 @contextmanager
 def _silent_nibabel() -> Iterator[None]:
     """What is wrong with a header arrives as an exception; nibabel also prints it to stderr."""
@@ -64,7 +78,8 @@ def _silent_nibabel() -> Iterator[None]:
         logger.disabled = before
 
 
-def _read(stream: gzip.GzipFile | io.BufferedReader) -> Volume:
+def _checked(stream: gzip.GzipFile | io.BufferedReader) -> tuple[Any, tuple[int, ...]]:
+    """The image as nibabel has it, and its three-dimensional shape; voxels are not read yet."""
     header_size = stream.read(4)
     stream.seek(0)
     spelling = nibabel.Nifti2Image if header_size in _NIFTI2 else nibabel.Nifti1Image
@@ -78,6 +93,11 @@ def _read(stream: gzip.GzipFile | io.BufferedReader) -> Volume:
         raise DataError(f"the header claims {math.prod(shape)} voxels; the file was not read")
     if not (int(image.header["sform_code"]) or int(image.header["qform_code"])):
         raise NoOrientation("neither sform nor qform is set, so left and right are unknown; the file was not read")
+    return image, shape
+
+
+def _read(stream: gzip.GzipFile | io.BufferedReader) -> Volume:
+    image, shape = _checked(stream)
     voxels = np.asanyarray(image.dataobj).reshape(shape)
     match voxels.dtype.kind:
         case "f":

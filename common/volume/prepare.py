@@ -14,21 +14,27 @@ from numpy.typing import NDArray
 
 from common.errors import DataError
 from common.settings.study import IntensitySettings
-from common.volume.resampling import resampling
+from common.volume.resampling import Vector, resampling
 from common.volume.volume import Grid, Volume
 
 _Number = TypeVar("_Number", bound=np.generic)
 
 
 def prepare(
-    image: Volume, label: Volume, *, labels: Mapping[int, str], grid: Grid, intensity: IntensitySettings
+    image: Volume,
+    label: Volume,
+    *,
+    labels: Mapping[int, str],
+    grid: Grid,
+    intensity: IntensitySettings,
+    shift_mm: Vector = (0.0, 0.0, 0.0),
 ) -> NDArray[np.float32]:
     """One pair on the study's grid: (1+K, D, H, W) float32, axes RAS+, image channel in [-1, 1].
 
-    The grid is laid around the centre of the scan's field of view, whatever the scan shows there. The image
-    is interpolated linearly, after smoothing where the grid is coarser than the scan; each of the K labels,
-    in ascending order, becomes the share of the voxel that it occupies, in [0, 1] with sums <= 1. Outside the
-    scan the image takes its darkest value and no label. The image must be finite.
+    The grid is laid around the centre of the scan's field of view, whatever the scan shows there, or `shift_mm`
+    (along R, A, S) from it. The image is interpolated linearly, after smoothing where the grid is coarser than the
+    scan; each of the K labels, in ascending order, becomes the share of the voxel that it occupies, in [0, 1] with
+    sums <= 1. Outside the scan the image takes its darkest value and no label. The image must be finite.
 
     Raises DataError when image and label do not share a geometry or the image has no contrast to scale.
     """
@@ -36,7 +42,7 @@ def prepare(
         raise DataError("image and label lie on different voxel grids; the pair was not prepared")
     # The image's affine turns both: near 45 degrees the label's own, rounded otherwise, may choose other axes.
     image, mask = to_ras(image), to_ras(Volume(voxels=label.voxels, affine=image.affine)).voxels
-    way = resampling(image, grid)
+    way = resampling(image, grid, shift_mm)
     pair = np.empty((1 + len(labels), *grid.shape), dtype=np.float32)
     pair[0] = _scale(way.apply(way.crop(image.voxels).astype(np.float32, copy=False)), way.inside, intensity)
     mask = way.crop(mask)

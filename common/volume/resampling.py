@@ -17,8 +17,10 @@ from scipy import ndimage
 from common.volume.volume import Grid, Volume
 
 Shape = tuple[int, int, int]
+Vector = tuple[float, float, float]
 _Number = TypeVar("_Number", bound=np.generic)
 _ALIGNED = 1e-4  # difference of two grids, in voxels, that resampling would not change visibly
+_NOT_AT_ALL: Vector = (0.0, 0.0, 0.0)
 _TRUNCATE = 3.0  # standard deviations after which the smoothing Gaussian is cut
 
 
@@ -105,29 +107,32 @@ class Oblique:
         return out
 
 
-def resampling(scan: Volume, grid: Grid) -> Aligned | Oblique:
-    """The way that lays the centre of the grid on the centre of the scan's field of view.
+def resampling(scan: Volume, grid: Grid, shift_mm: Vector = _NOT_AT_ALL) -> Aligned | Oblique:
+    """The way that lays the centre of the grid on the centre of the scan's field of view, or `shift_mm` from it.
 
-    scan: voxel axes nearest to R, A, S, as `to_ras` gives them.
+    scan: voxel axes nearest to R, A, S, as `to_ras` gives them. shift_mm: along R, A, S.
     """
     matrix = np.linalg.solve(scan.affine[:3, :3], np.diag(grid.spacing_mm)).astype(np.float64)
     steps = np.diagonal(matrix)
     if np.abs(matrix - np.diag(steps)).max() <= _ALIGNED:
         x, y, z = (float(step) for step in steps)
-        return aligned(scan.shape, (x, y, z), grid.shape)
-    return oblique(scan.shape, matrix, grid.shape)
+        a, b, c = (float(s * step / mm) for s, step, mm in zip(shift_mm, steps, grid.spacing_mm, strict=True))
+        return aligned(scan.shape, (x, y, z), grid.shape, (a, b, c))
+    return oblique(scan.shape, matrix, grid.shape, matrix @ np.divide(shift_mm, grid.spacing_mm))
 
 
-def aligned(scan: Shape, steps: tuple[float, float, float], grid: Shape) -> Aligned:
-    """steps: scan voxels from one grid voxel to the next, per axis, positive."""
-    x, y, z = (_axis(n, step, m) for n, step, m in zip(scan, steps, grid, strict=True))
+def aligned(scan: Shape, steps: Vector, grid: Shape, shift: Vector = _NOT_AT_ALL) -> Aligned:
+    """steps: scan voxels from one grid voxel to the next, per axis, positive. shift: of the centre, in scan voxels."""
+    x, y, z = (_axis(*axis) for axis in zip(scan, steps, grid, shift, strict=True))
     inside = x.inside[:, None, None] & y.inside[:, None] & z.inside
     return Aligned(axes=(x, y, z), inside=inside)
 
 
-def oblique(scan: Shape, matrix: NDArray[np.float64], grid: Shape) -> Oblique:
+def oblique(
+    scan: Shape, matrix: NDArray[np.float64], grid: Shape, shift: NDArray[np.float64] | Vector = _NOT_AT_ALL
+) -> Oblique:
     """matrix: (3, 3), grid index -> scan index, but for the offset. Right for an aligned scan too, only slower."""
-    offset = (np.array(scan) - 1) / 2 - matrix @ ((np.array(grid) - 1) / 2)
+    offset = (np.array(scan) - 1) / 2 + np.array(shift) - matrix @ ((np.array(grid) - 1) / 2)
     i, j, k = (np.arange(n, dtype=np.float64) for n in grid)
     inside = np.ones(grid, dtype=bool)
     bounds = []
@@ -140,14 +145,14 @@ def oblique(scan: Shape, matrix: NDArray[np.float64], grid: Shape) -> Oblique:
 
 
 @lru_cache(maxsize=128)  # a cohort has a few dozen extents per axis; an entry is some kilobytes
-def _axis(n: int, step: float, m: int) -> _Axis:
-    """From n scan voxels to m grid voxels, `step` scan voxels apart, centre on centre.
+def _axis(n: int, step: float, m: int, shift: float) -> _Axis:
+    """From n scan voxels to m grid voxels, `step` scan voxels apart, centre on centre, or `shift` scan voxels beside.
 
     A row holds the two weights of linear interpolation, spread by the Gaussian that scipy would smooth with.
     """
-    if n == m and abs(step - 1.0) <= _ALIGNED:
+    if n == m and abs(step - 1.0) <= _ALIGNED and shift == 0.0:
         return _Axis(first=0, last=n, weights=None, inside=_frozen(np.ones(m, dtype=bool)))
-    index = (n - 1) / 2 + step * (np.arange(m, dtype=np.float64) - (m - 1) / 2)
+    index = (n - 1) / 2 + shift + step * (np.arange(m, dtype=np.float64) - (m - 1) / 2)
     first, last = _reach(index, n, step)
     within = index.clip(0, n - 1)[:, None] - np.arange(first, last)
     weights = (1.0 - np.abs(within)).clip(min=0.0)

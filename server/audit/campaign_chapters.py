@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common.evidence.predicate import Outcome
+from common.settings.study import Strategy
 from server.audit import figures
 from server.audit.document import Block, Bullets, Cell, Chapter, Code, Drawing, Heading, Paragraph, Pictures, Table
 from server.audit.facts import CampaignFacts, ReportFacts
@@ -244,7 +245,7 @@ def _epsilon(campaign: CampaignFacts) -> Table:
 
 def _mechanism(campaign: CampaignFacts) -> str:
     plan = campaign.plan
-    return (
+    text = (
         f"{plan.mechanism.steps} noised critic steps at each hospital ({plan.rounds} rounds of "
         f"{plan.steps_per_round}); each patient drawn with probability {plan.mechanism.sampling_probability:g} afresh "
         f"at every step (Poisson sampling); one patient's gradient clipped to {plan.clip_norm:g}; the noised sum "
@@ -252,6 +253,13 @@ def _mechanism(campaign: CampaignFacts) -> str:
         f"generator learns only from the noised critic{' and the warm-up' if plan.warm_up else ''}. Hospitals with "
         "different patients do not add up; answers for audit and utility do, and are in the table above."
     )
+    if campaign.study.federation.strategy is Strategy.ENSEMBLE:
+        text += (
+            f" In the last {campaign.study.federation.fine_tune_rounds} of the rounds each hospital went on with a "
+            "generator of its own, under the same plan. What is audited is one student of all of them, made by the "
+            "coordinator from their volumes alone: post-processing, which costs no epsilon."
+        )
+    return text
 
 
 def _training(campaign: CampaignFacts) -> Iterator[Block]:

@@ -13,6 +13,7 @@ from common.evidence.predicate import DecisionFacts
 from common.privacy.mechanism import Plan
 from common.settings.study import IntensitySettings, Study
 from server.audit.result import AuditResult
+from server.course import Chosen, Course
 from server.federation_epsilon import FederationEpsilon
 from server.utility import UtilityResult
 
@@ -140,7 +141,8 @@ class CampaignFacts:
     decision: the gate's, with epsilon by site and digests. plan: of training. utility: None when there was none.
     rounds: in order; empty when nothing was trained. federation: epsilon of members over sites, from the ledgers;
     None when no site stated anything. critic_parameters: of the network that looked at patients.
-    seed: of a simulated run, None for a real one.
+    seed: of a simulated run, None for a real one. course, chosen: points in the course of training, and how the round
+    of this generator was chosen; None for a study without.
     """
 
     study: Study
@@ -151,8 +153,12 @@ class CampaignFacts:
     federation: FederationEpsilon | None
     critic_parameters: int
     seed: int | None
+    course: Course | None = None
+    chosen: Chosen | None = None
 
     def __post_init__(self) -> None:
+        if (self.course is None) != (self.chosen is None):
+            raise ValueError("a course and its choice are shown together")
         if [r.round for r in self.rounds] != sorted({r.round for r in self.rounds}):
             raise ValueError("rounds must be listed once each, in order")
 

@@ -21,8 +21,9 @@ from common.errors import DataError
 from common.settings.study import IntensitySettings, Study
 from common.telemetry.events import Observer, Progress
 from common.volume.layouts import ImageFile, Reason, find_images
-from common.volume.nifti import NoOrientation, NotThreeDimensional, read_nifti
+from common.volume.nifti import NoOrientation, NotThreeDimensional
 from common.volume.prepare import prepare, to_ras
+from common.volume.reading import read_image, read_label
 from common.volume.volume import Grid, Volume
 
 _LOOKED_AT = 64  # scans of a folder that are read to learn its extent and labels
@@ -165,9 +166,10 @@ class _Look:
         shapes, extents, values = [], [], set()
         for file in files[:_LOOKED_AT]:
             try:
-                volume = to_ras(read_nifti(file.image))
+                image = read_image(file.image)
+                volume = to_ras(image)
                 if file.label is not None:
-                    values |= set(np.unique(read_nifti(file.label).voxels).tolist())
+                    values |= set(np.unique(read_label(file.label, image).voxels).tolist())
             except DataError:
                 continue  # `_read_all` refuses it by name
             shapes.append(volume.shape)
@@ -220,11 +222,11 @@ def _read(
     root: Path, file: ImageFile, labels: Mapping[int, str], grid: Grid
 ) -> tuple[Scan, tuple[float, float, float]]:
     """One prepared scan and its extent in RAS+; raises DataError."""
-    image = read_nifti(file.image)
+    image = read_image(file.image)
     if not np.isfinite(image.voxels).all():
         raise DataError(Reason.NOT_FINITE.value)
     if labels and file.label is not None:
-        label = read_nifti(file.label)
+        label = read_label(file.label, image)
         if not image.same_geometry(label) or not np.isfinite(label.voxels).all():
             raise DataError(Reason.GEOMETRY.value)
     else:

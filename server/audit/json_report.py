@@ -7,6 +7,7 @@ out: they show nothing that was measured.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -16,12 +17,14 @@ from pydantic import TypeAdapter
 
 from common.evidence.canonical import canonical_json
 from common.evidence.predicate import DecisionFacts
+from common.measure.course import pareto_front
 from server.audit import wording
 from server.audit.document import Cited, Link
 from server.audit.facts import CampaignFacts, NearCopies, ReportFacts, RoundCourse
 from server.audit.mapping import Claim, claims
 from server.audit.result import AuditResult
 from server.audit.threats import carried_out, not_tested
+from server.course import Course
 from server.federation_epsilon import FederationEpsilon
 from server.utility import UtilityResult
 
@@ -32,7 +35,10 @@ _NAME: Literal["urn:consilium:audit-report:v1"] = "urn:consilium:audit-report:v1
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
-    """What was promised and spent: the plan's public numbers, epsilon over sites, every round."""
+    """What was promised and spent: the plan's public numbers, epsilon over sites, every round.
+
+    federation: null when no site stated anything, and when no finite epsilon bounds it; `decision` then says infinite.
+    """
 
     unit: str
     delta: float
@@ -73,9 +79,25 @@ class ClaimRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CourseRecord:
+    """Points in the course of training, which of them no other beats, and which one the rule chose.
+
+    front: their rounds. chosen_round: null when the rule allows no point, and the last round was audited.
+    """
+
+    course: Course
+    max_auc: float
+    max_epsilon: float | None
+    front: tuple[int, ...]
+    chosen_round: int | None
+    reason: str
+    free: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportRecord:
     """The document. made_at: ISO 8601 with offset. decision, training, utility: null without a campaign.
-    near_copies: null with one; it names files.
+    near_copies: null with one; it names files. course: left out for a study that did not follow it.
     """
 
     schema: Literal["urn:consilium:audit-report:v1"]
@@ -96,6 +118,7 @@ class ReportRecord:
     audit_result_digest: str | None
     audit: AuditResult | None
     near_copies: NearCopies | None
+    course: CourseRecord | None
     attacks: tuple[str, ...]
     not_tested: tuple[str, ...]
     claims: tuple[ClaimRecord, ...]
@@ -109,7 +132,10 @@ _ADAPTER = TypeAdapter(ReportRecord)
 
 def report_json(facts: ReportFacts) -> bytes:
     """The report as canonical JSON. Raises ValueError when a number in it is not finite."""
-    return canonical_json(_ADAPTER.dump_python(_record(facts), mode="json"))
+    body = _ADAPTER.dump_python(_record(facts), mode="json")
+    if body["course"] is None:
+        del body["course"]  # reports from before it keep their bytes
+    return canonical_json(body)
 
 
 def schema_text() -> str:
@@ -118,6 +144,7 @@ def schema_text() -> str:
     After a change of `AuditResult` or another type: write this text to the file, in the same commit.
     """
     schema: dict[str, Any] = {"$schema": _DIALECT, "$id": _NAME, **_ADAPTER.json_schema(mode="serialization")}
+    schema["required"].remove("course")
     return json.dumps(schema, indent=2, sort_keys=True) + "\n"
 
 
@@ -149,6 +176,7 @@ def _record(facts: ReportFacts) -> ReportRecord:
         audit_result_digest=audit.digest if audit else None,
         audit=audit,
         near_copies=facts.near_copies,
+        course=_course(campaign) if campaign else None,
         attacks=carried_out(facts),
         not_tested=not_tested(facts),
         claims=tuple(map(_claim, claims(facts))),
@@ -170,8 +198,27 @@ def _training(campaign: CampaignFacts) -> TrainingRecord:
         steps=plan.mechanism.steps,
         rounds_planned=plan.rounds,
         rounds=campaign.rounds,
-        federation=campaign.federation,
+        federation=campaign.federation if _is_finite(campaign.federation) else None,
         not_covered=wording.not_covered(campaign),
+    )
+
+
+def _is_finite(federation: FederationEpsilon | None) -> bool:
+    return federation is not None and math.isfinite(federation.everywhere.upper)
+
+
+def _course(campaign: CampaignFacts) -> CourseRecord | None:
+    course, chosen = campaign.course, campaign.chosen
+    if course is None or chosen is None:
+        return None
+    return CourseRecord(
+        course=course,
+        max_auc=chosen.rule.max_auc,
+        max_epsilon=chosen.rule.max_epsilon,
+        front=tuple(course.points[i].round for i in pareto_front(course.points)),
+        chosen_round=None if chosen.row is None else chosen.row.round,
+        reason=chosen.reason,
+        free=chosen.free,
     )
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from common.evidence.predicate import CohortEpsilon, utc_text
 from server.audit import assurance_chapters, attack_chapters, campaign_chapters, decision_chapters, wording
+from server.audit.course_chapter import course_chapters
 from server.audit.document import Chapter, Table
 from server.audit.facts import (
     AuditedScans,
@@ -49,7 +50,7 @@ class Tile:
 
 
 def chapters(facts: ReportFacts) -> tuple[Chapter, ...]:
-    """The fourteen points that a data-protection officer signs, in their order."""
+    """The fourteen points that a data-protection officer signs, in their order; the course of training after them."""
     return (
         campaign_chapters.subject(facts),
         campaign_chapters.purpose(facts),
@@ -65,6 +66,7 @@ def chapters(facts: ReportFacts) -> tuple[Chapter, ...]:
         mapping(facts),
         decision_chapters.decision(facts),
         decision_chapters.sign_off(facts),
+        *course_chapters(facts.campaign),
     )
 
 

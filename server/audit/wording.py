@@ -13,6 +13,7 @@ from common.privacy import accounting
 from common.privacy.noise_grid import noise_statement
 from common.privacy.rule import feasibility_text, noise_to_signal
 from common.protocol.messages import SegmenterSource
+from common.settings.study import Family
 from server.audit.facts import CampaignFacts, ReportFacts
 from server.audit.numerals import Stated, count_text, in_hundred
 from server.audit.result import AuditResult, EndpointResult, MechanismAudit, MechanismVerdict, Verdict
@@ -97,7 +98,7 @@ def guarantee(campaign: CampaignFacts) -> tuple[Statement, ...]:
         expected = feasibility_text(rho, warm_start=campaign.study.warm_start.steps > 0)
         found.append(Statement(topic="Noise", text=noise.removeprefix("Noise: ")))
         found.append(Statement(topic="What to expect", text=expected))
-    if training.mode == "paper":
+    if training.mode == "paper" and campaign.study.family is Family.WGAN:  # whose unit was the patch
         units = by_unit(plan, patches_per_patient=PAPER_PATCHES)
         found.append(Statement(topic="Paper mode", text=by_unit_text(units).removeprefix("Paper mode. ")))
     return tuple(found)

@@ -13,7 +13,7 @@ import yaml
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
 from common.evidence.predicate import Outcome, Predicate, utc_text
-from common.settings.study import IntensitySettings, Study
+from common.settings.study import IntensitySettings, Strategy, Study
 
 if TYPE_CHECKING:
     from server.utility import UtilityResult  # brings in monai, which a card has no use for
@@ -88,6 +88,7 @@ def card_facts(*, study: Study, predicate: Predicate, volumes: int, utility: Uti
             "loss": study.training.loss.value,
             "intensity": _intensity(study.intensity),
             "warm_up_share": study.warm_up.share if study.warm_up else None,
+            **_ensemble(study),
         },
         "warm_start": f"{study.warm_start.volumes} procedural {study.warm_start.phantom.value} phantoms",
         "utility": _utility_facts(utility) if utility else [],
@@ -234,7 +235,19 @@ def _training(card: Mapping[str, Any]) -> Iterator[str]:
             "The public start was first fitted to one noised sum of public features from each site, which took "
             f"{training['warm_up_share']:.0%} of the target epsilon."
         )
+    if "fine_tune_rounds" in training:
+        yield (
+            f"In the last {training['fine_tune_rounds']} rounds each site went on with a generator of its own; the "
+            "released one is a student that learned from volumes of all of them, with equal weights."
+        )
     yield ""
+
+
+def _ensemble(study: Study) -> Mapping[str, int]:
+    """What the card says of an ensemble; nothing of a study without one, whose card stays what it was."""
+    if study.federation.strategy is Strategy.FEDAVG:
+        return {}
+    return {"fine_tune_rounds": study.federation.fine_tune_rounds}
 
 
 def _intensity(intensity: IntensitySettings) -> str:

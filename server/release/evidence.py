@@ -14,6 +14,7 @@ from common.protocol.messages import EnrolReply, ScoreReply, StatementReply
 from common.settings.load import study_digest
 from common.settings.study import Study
 from server.audit.result import AuditResult
+from server.course import Course
 from server.release.receipts import SiteReceipt
 
 
@@ -92,7 +93,8 @@ class ReleaseEvidence:
 
     sites: names of all sites whose replies entered the generator. statements: by site; one may be missing
     because its site did not answer. audit: None when there was none. simulated: any part of the campaign was.
-    generator_digest, candidates_digest: the weights and volumes that would be released.
+    generator_digest, candidates_digest: the weights and volumes that would be released. course: points in the course of
+    training; None for a study without.
     """
 
     study: Study
@@ -103,6 +105,7 @@ class ReleaseEvidence:
     simulated: bool
     generator_digest: str
     candidates_digest: str
+    course: Course | None = None
 
     @cached_property
     def study_digest(self) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from common.privacy.mechanism import DpSgd, ExactAnswer, GaussianRelease, NoisedCounts, Plan
 from common.settings.study import AuditSettings, ReleaseSettings, Study
 from server.audit.result import AuditResult
+from server.course import chosen_by, rule_of
 from server.release.audit_policies import (
     AuditPassed,
     ControlsCaught,
@@ -55,6 +56,7 @@ def default_policies(study: Study) -> tuple[Policy, ...]:
         NearCopiesRare(),
         MechanismConsistent(),
         InferenceWithin(),
+        *([] if study.course is None else [CourseKept()]),
     )
 
 
@@ -118,6 +120,36 @@ class NotResearch:
                         yield Objection.refuse(f"{site} released a sum over its {cohort} without noise")
                     elif isinstance(mechanism, DpSgd) and mechanism.noise_multiplier == 0 and mechanism.steps:
                         yield Objection.refuse(f"{site} trained on its {cohort} without noise")
+
+
+@dataclass(frozen=True)
+class CourseKept:
+    """Where the course of training was followed: the rule's own choice is released, and every answer was paid for."""
+
+    name: str = "course-kept"
+
+    def objections(self, evidence: ReleaseEvidence) -> Iterator[Objection]:
+        """Another round than the rule chooses, an answer that was used without a price, or one without noise."""
+        settings, course = evidence.study.course, evidence.course
+        if settings is None or course is None:
+            yield Objection.cannot_tell("what the sites answered in the course of training is not known")
+            return
+        if course.exact or settings.exact:
+            yield Objection.refuse("the round was chosen by exact answers about patients: a research simulation")
+        chosen = chosen_by(course, rule_of(settings)).row
+        if chosen is not None and chosen.weights_digest != evidence.generator_digest:
+            yield Objection.refuse(
+                f"the generator is not that of round {chosen.round}, which the rule chooses in the course of training"
+            )
+        for site, statement in sorted(evidence.statements.items()):
+            paid = math.fsum(m.epsilon for m in statement.nonmembers.mechanisms if isinstance(m, NoisedCounts))
+            audited = evidence.audit is not None and site in evidence.audit.sites
+            due = course.epsilon_of(site) + ((evidence.audit and audited and evidence.audit.epsilon_nonmembers) or 0.0)
+            if paid < due * (1 - 1e-9):
+                yield Objection.refuse(
+                    f"{site} nonmembers: the ledger shows epsilon {paid:g} for noised answers; audit and course of "
+                    f"training cost {due:g}"
+                )
 
 
 @dataclass(frozen=True)

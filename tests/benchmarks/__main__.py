@@ -20,6 +20,7 @@ BENCHMARKS = {
     "audit": "what the audit finds of planted copies beside peers, how often it errs, and its speed",
     "dp_step": "a critic's step with patient-level privacy beside the plain step, Opacus and other ways",
     "federation": "a message phase with our runner beside Flower's executor, and a coordinator's memory with 50 sites",
+    "noniid": "sites whose patients differ: alone, averaged, as an ensemble, distilled, and pooled",
     "simulation": "what the in-process federation costs beyond the sites' training",
     "utility": "Dice on real held-out patients of segmenters trained on synthetic scans, and of peers",
 }

@@ -108,6 +108,20 @@ def test_utility_puts_the_privacy_curve_beside_real_and_phantom_and_measures_not
     assert ", 0 of them to be trained" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_noniid_puts_six_ways_on_the_same_patients_of_every_split(tmp_path: Path) -> None:
+    rows = results("noniid", tmp_path)
+    splits = {row["case"].partition(" ")[0]: set() for row in rows}
+    for row in rows:
+        splits[row["case"].partition(" ")[0]].add(row["case"].rpartition(": ")[2])
+    everywhere = {"iid", "scanners", "sizes", "tiny site"}
+    assert splits == {"hippocampus": {*everywhere, "missing label"}, "lesions": everywhere}
+    methods = ["local-only", *(f"consilium, {name}" for name in ("fedavg", "mixture", "distilled"))]
+    one = [row["method"] for row in rows if row["metric"] == "dice" and row["case"] == rows[0]["case"]]
+    assert one == [*methods, "pooled", "public start"]
+    assert len(rows) == 9 * 6 * 3
+
+
 def test_an_unknown_name_is_wrong_usage_and_names_what_there_is() -> None:
     command = [sys.executable, "-m", "tests.benchmarks", "simulatoin"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -25,7 +25,12 @@ from common.privacy.ledger_rows import LedgerEntry
 from common.privacy.ledger_witness import public_hex
 from common.privacy.mechanism import Plan
 from common.protocol.messages import (
+    CourseOrder,
+    CourseReply,
     EnrolOrder,
+    ExactCourse,
+    FidelityAnswer,
+    FidelityMeasure,
     LedgerHead,
     NoisedHistogram,
     ScoreOrder,
@@ -64,6 +69,16 @@ CRITIC = weights_of(build_critic(STUDY))
 AUDIT_PLAN = make_plan(STUDY, ("site-1",))
 COORDINATOR = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 HEAD = LedgerHead(rows=7, hash="e" * 64)  # for replies that no site made
+EXACT_COURSE = ExactCourse(
+    members=20,
+    nonmembers=10,
+    hd95_sum_mm=(12.5,),
+    fidelity=tuple(FidelityAnswer(measure=measure, value=0.5) for measure in FidelityMeasure),
+    critic=None,
+    critic_control=None,
+    generator=None,
+    generator_control=None,
+)
 
 
 def plan(study: Study = STUDY, *, noise: float = 3.0) -> Plan:
@@ -136,6 +151,24 @@ def utility_order(source: SegmenterSource = SegmenterSource.SYNTHETIC, **changes
     return UtilityOrder(**{**facts, **changes})
 
 
+def course_order(study: Study, number: int = 1, **changes: object) -> CourseOrder:
+    """What the campaign of `study`, which has a course, asks after round `number`."""
+    assert study.course is not None
+    weights = changes.pop("weights", nudged(GENERATOR, 0.1 * number))
+    facts = {
+        "study_digest": study_digest(study),
+        "round": number,
+        "weights": weights,
+        "weights_digest": weights.digest,
+        "segmenter": Weights({"w": np.zeros(2, np.float32)}),
+        "seed": 7,
+        "volumes": study.course.volumes,
+        "training_steps": study.course.training_steps,
+        "epsilon": None if study.course.exact else study.course.epsilon_per_answer,
+    }
+    return CourseOrder(**{**facts, **changes})
+
+
 def statement_order() -> StatementOrder:
     return StatementOrder(study_digest=STUDY_DIGEST)
 
@@ -194,6 +227,7 @@ class QuickWork:
             suite=lambda order, task, plan: None,
             score=self._score,
             utility=self._utility,
+            course=self._course,
         )
 
     def _patients(self, settings: SiteSettings, study: Study, observer: Observer) -> dict[str, NDArray[np.float16]]:
@@ -244,6 +278,24 @@ class QuickWork:
             patients=10.0,
             exact=exact,
             epsilon=None if exact else task.study.utility.epsilon_per_answer,
+            ledger_head=head,
+        )
+
+    def _course(
+        self, order: CourseOrder, task: Task, kept: Mapping[str, Tensor] | None, head: LedgerHead
+    ) -> CourseReply:
+        self.calls.append(f"course {order.round}")
+        if self.fails is not None:
+            raise self.fails
+        noise = 0.0 if order.exact else int(task.stream.discrete_laplace(1, 0.01)[0]) / 1024
+        return CourseReply(
+            study_digest=order.study_digest,
+            round=order.round,
+            weights_digest=order.weights_digest,
+            dice_sum=(3.5 + noise,),
+            patients=10.0,
+            epsilon=order.epsilon,
+            exact=EXACT_COURSE if order.exact else None,
             ledger_head=head,
         )
 

@@ -11,6 +11,7 @@ from small_site import (
     STUDY,
     STUDY_DIGEST,
     approval,
+    course_order,
     enrol_order,
     plan,
     policy,
@@ -29,7 +30,7 @@ from common.privacy.ledger_witness import public_hex
 from common.privacy.mechanism import DpSgd, Unit
 from common.protocol.messages import CanaryOrder, SegmenterSource, WarmUpOrder
 from common.settings.site import OrderKind, SitePolicy
-from common.settings.study import Study
+from common.settings.study import CourseSettings, Study
 
 
 def study_with(section: str, **changes: object) -> Study:
@@ -144,6 +145,9 @@ ORDERS = {
     OrderKind.CANARIES: lambda: CanaryOrder(study_digest=STUDY_DIGEST, canaries=1, rules=GUESS_RULES),
     OrderKind.SCORE: score_order,
     OrderKind.UTILITY: utility_order,
+    OrderKind.COURSE: lambda: course_order(
+        STUDY.model_copy(update={"course": CourseSettings(every_rounds=2)}), study_digest=STUDY_DIGEST
+    ),
     OrderKind.STATEMENT: statement_order,
 }
 

@@ -120,7 +120,9 @@ def test_only_orders_that_the_study_needs_are_allowed():
         entry = approval(study_digest(study))
         return set(with_approval(policy(orders=()), entry, study, code="0" * 64, app_digest=None).orders)
 
-    everything = tiny_study(warm_up={}, audit={"canaries": 4}, utility={"training_steps": 1})
+    everything = tiny_study(
+        warm_up={}, audit={"canaries": 4}, utility={"training_steps": 1}, course={"every_rounds": 1}
+    )
     assert orders(everything) == set(OrderKind)
     least = tiny_study(audit={"canaries": 0}, utility={"training_steps": 0})
     assert orders(least) == {OrderKind.ENROL, OrderKind.TRAIN, OrderKind.SCORE, OrderKind.STATEMENT}

@@ -24,7 +24,7 @@ from common.settings.site import PhantomSource, SitePolicy, load_policy, load_si
 from tests.provisioned import files
 
 EVERYTHING = [
-    "worker", "default deny", "approval", "enrol", "pause", "warm-up", "train", "repeated order", "canaries",
+    "worker", "default deny", "approval", "enrol", "pause", "warm-up", "train", "repeated order", "course", "canaries",
     "score", "utility", "statement", "ledger",
 ]  # fmt: skip
 

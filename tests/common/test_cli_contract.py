@@ -231,6 +231,7 @@ def test_every_declared_command_is_installed_and_explains_itself(capsys):
         "release revoke",
         "release sign",
         "report",
+        "select",
         "verify",
         "sample",
         "phantom",

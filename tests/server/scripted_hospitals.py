@@ -15,9 +15,12 @@ from common.evidence.receipt import Answered, Receipt, sign_receipt
 from common.evidence.signing import public_key_hex
 from common.generator.weights import Weights
 from common.measure.audit_plan import AuditPlan
+from common.privacy.mechanism import NoisedCounts
 from common.privacy.mechanism_json import mechanism_json
 from common.protocol import codec
 from common.protocol.messages import (
+    CourseOrder,
+    CourseReply,
     EnrolOrder,
     EnrolReply,
     LedgerHead,
@@ -34,7 +37,7 @@ from common.protocol.messages import (
     TrainReply,
 )
 from common.settings.load import study_digest
-from common.settings.study import Question
+from common.settings.study import Question, Study
 from common.telemetry.events import Event, ignore
 from server.campaign import CampaignOutcome, run_campaign
 from server.run_folder import Engine, RunFacts, RunFolder
@@ -52,10 +55,15 @@ NOW = datetime.now(UTC).replace(microsecond=0)  # a release of another day would
 
 
 class ScriptedSite:
-    """A hospital with 6000 members and 3000 others who all score alike, and whose planted copies stand out."""
+    """A hospital with 6000 members and 3000 others who all score alike, and whose planted copies stand out.
 
-    def __init__(self, number: int) -> None:
+    Its segmenter does worse with every round: the first is the best.
+    """
+
+    def __init__(self, number: int, study: Study = STUDY) -> None:
         self._number = number
+        self._digest = study_digest(study)
+        self._course: dict[int, CourseOrder] = {}
         self._plan: AuditPlan | None = None
         self._trained: dict[int, TrainOrder] = {}
         self._left: dict[str, Answered] = {}
@@ -68,7 +76,7 @@ class ScriptedSite:
         match order:
             case EnrolOrder():
                 return EnrolReply(
-                    study_digest=DIGEST,
+                    study_digest=self._digest,
                     holdout_commitment=f"{self._number:064x}",
                     policy_digest="b" * 64,
                     code_digest="c" * 64,
@@ -80,17 +88,30 @@ class ScriptedSite:
                 step = np.float32(0.01 * self._number)
                 moved = Weights({name: array + step for name, array in order.weights.arrays.items()})
                 trained = TrainReply(
-                    study_digest=DIGEST,
+                    study_digest=self._digest,
                     round=order.round,
                     weights=moved,
                     weights_digest=moved.digest,
-                    ledger_head=self._head(order.round),
+                    ledger_head=self._head(order.round + 10 * len(self._course)),
                 )
                 return self._noted("train", order, trained, round=order.round, weights=moved.digest)
+            case CourseOrder():
+                self._course[order.round] = order
+                measured = CourseReply(
+                    study_digest=self._digest,
+                    round=order.round,
+                    weights_digest=order.weights_digest,
+                    dice_sum=(3000 * (0.75 - 0.125 * order.round),),
+                    patients=3000.0,
+                    epsilon=order.epsilon,
+                    exact=None,
+                    ledger_head=self._head(order.round + 10 * len(self._course)),
+                )
+                return self._noted("course", order, measured, round=order.round, weights=order.weights_digest)
             case ScoreOrder():
                 self._plan = AuditPlan.from_json(order.audit_plan_json)
                 scored = ScoreReply(
-                    study_digest=DIGEST,
+                    study_digest=self._digest,
                     weights_digest=order.weights_digest,
                     audit_plan_digest=order.audit_plan_digest,
                     histograms=tuple(histograms(self._plan)),
@@ -103,9 +124,12 @@ class ScriptedSite:
                 rounds = tuple(order.plan.one_round for order in self._trained.values())
                 return self._signed(
                     StatementReply(
-                        study_digest=DIGEST,
+                        study_digest=self._digest,
                         members=rounds + (self._plan.member_mechanisms if self._plan else ()),
-                        nonmembers=self._plan.nonmember_mechanisms if self._plan else (),
+                        nonmembers=(
+                            *(NoisedCounts(epsilon=asked.epsilon) for asked in self._course.values()),
+                            *(self._plan.nonmember_mechanisms if self._plan else ()),
+                        ),
                         ledger_head=self._head(101),
                     )
                 )
@@ -118,7 +142,7 @@ class ScriptedSite:
 
     def _signed(self, statement: StatementReply) -> StatementReply:
         receipt = Receipt(
-            study_digest=DIGEST,
+            study_digest=self._digest,
             site="abc"[self._number - 1],
             simulated=False,
             holdout_commitment=f"{self._number:064x}",
@@ -155,17 +179,19 @@ def histograms(plan: AuditPlan) -> Iterator[NoisedHistogram]:
             )
 
 
-def run_folder(folder: Path) -> RunFolder:
-    facts = RunFacts(engine=Engine.NETWORK, sites=("a", "b", "c"), seed=0, simulated=False, study_digest=DIGEST)
-    return RunFolder.create_or_resume(folder, STUDY, facts)
+def run_folder(folder: Path, study: Study = STUDY) -> RunFolder:
+    facts = RunFacts(
+        engine=Engine.NETWORK, sites=("a", "b", "c"), seed=0, simulated=False, study_digest=study_digest(study)
+    )
+    return RunFolder.create_or_resume(folder, study, facts)
 
 
-def scripted() -> dict[str, Callable[[Order], Reply]]:
-    return {"a": ScriptedSite(1), "b": ScriptedSite(2), "c": ScriptedSite(3)}
+def scripted(study: Study = STUDY) -> dict[str, Callable[[Order], Reply]]:
+    return {"a": ScriptedSite(1, study), "b": ScriptedSite(2, study), "c": ScriptedSite(3, study)}
 
 
 def hold(
-    folder: Path, sites: LoopbackSites, observer: Callable[[Event], None] = ignore
+    folder: Path, sites: LoopbackSites, observer: Callable[[Event], None] = ignore, study: Study = STUDY
 ) -> tuple[CampaignOutcome, RunFolder]:
-    run = run_folder(folder)
-    return run_campaign(STUDY, sites, run, seed=0, observer=observer, now=lambda: NOW), run
+    run = run_folder(folder, study)
+    return run_campaign(study, sites, run, seed=0, observer=observer, now=lambda: NOW), run

@@ -16,6 +16,7 @@ def weights(*values: float) -> Weights:
 
 
 EQUAL = {"a": 1.0, "b": 1.0, "c": 1.0}
+ZERO = dict.fromkeys("abc", weights(0))
 
 
 def test_equal_weights_give_the_mean():
@@ -61,21 +62,27 @@ def test_update_norm_is_the_length_of_the_difference_over_all_arrays():
 
 
 def test_an_update_far_longer_than_the_median_is_left_out():
-    screened = screen(weights(0), {"a": weights(1), "b": weights(1.5), "c": weights(-30)})
+    screened = screen(ZERO, {"a": weights(1), "b": weights(1.5), "c": weights(-30)})
     assert screened.kept == ("a", "b")
     assert screened.excluded == {"c": pytest.approx(20.0)}
 
 
+def test_an_update_is_measured_from_what_its_own_site_was_sent():
+    starts = {"a": weights(0), "b": weights(100), "c": weights(-100)}
+    assert screen(starts, {"a": weights(1), "b": weights(101.5), "c": weights(-130)}).kept == ("a", "b")
+    assert screen(starts, {"a": weights(1), "b": weights(101), "c": weights(-99)}).excluded == {}
+
+
 def test_updates_of_similar_length_are_all_kept():
-    assert screen(weights(0), {"a": weights(1), "b": weights(2), "c": weights(-4)}).excluded == {}
+    assert screen(ZERO, {"a": weights(1), "b": weights(2), "c": weights(-4)}).excluded == {}
 
 
 def test_two_sites_are_never_screened_because_their_median_blames_nobody():
-    assert screen(weights(0), {"a": weights(1e-6), "b": weights(100)}).kept == ("a", "b")
+    assert screen(ZERO, {"a": weights(1e-6), "b": weights(100)}).kept == ("a", "b")
 
 
 def test_a_site_is_kept_when_most_sites_changed_nothing():
-    assert screen(weights(0), {"a": weights(0), "b": weights(0), "c": weights(1)}).kept == ("a", "b", "c")
+    assert screen(ZERO, {"a": weights(0), "b": weights(0), "c": weights(1)}).kept == ("a", "b", "c")
 
 
 def test_the_average_over_rounds_starts_with_the_first_round_and_then_decays():

@@ -3,12 +3,15 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.errors import UsageError
 from common.installed import code_digest
 from common.settings.load import study_digest
-from common.settings.site import OrderKind, PhantomSource, load_policy, load_site
+from common.settings.site import OrderKind, PartBy, PhantomSource, load_policy, load_site
+from common.volume.nifti import write_nifti
+from common.volume.volume import Volume
 from server.run_folder import Engine, RunFacts, RunFolder
 from server.seeds import derive
 from server.simulated_sites import Cohorts, check_sites, plan_sites, write_sites
@@ -68,6 +71,49 @@ def test_one_folder_is_shared_out_by_patient(tmp_path: Path):
         (tmp_path / "scans", (0, 2)),
         (tmp_path / "scans", (1, 2)),
     ]
+
+
+def pet(folder: Path, sizes_mm: list[float]) -> Path:
+    """A patient of PET for each voxel size across the body."""
+    for i, mm in enumerate(sizes_mm):
+        (folder / f"p{i:02d}").mkdir(parents=True)
+        for name in ("image", "mask"):
+            volume = Volume(voxels=np.zeros((2, 2, 2), np.uint8), affine=np.diag([mm, mm, 3.0, 1.0]))
+            write_nifti(folder / f"p{i:02d}" / f"PET_{name}.nii.gz", volume)
+    return folder
+
+
+def parts(folder: Path, sites: int | None, split: PartBy | None) -> list[tuple[object, PartBy]]:
+    cohorts = Cohorts(folder=folder, sites=sites, phantoms=1, split=split)
+    return [(site.part, site.part_by) for site in plan_sites(STUDY, cohorts, 0)]
+
+
+BY_SIZE = [((0, 3), PartBy.SPACING), ((1, 3), PartBy.SPACING), ((2, 3), PartBy.SPACING)]
+
+
+def test_pet_of_as_many_voxel_sizes_as_sites_is_shared_out_by_size_unless_told_otherwise(tmp_path: Path) -> None:
+    folder = pet(tmp_path, [3.9, 4.7, 5.5] * 8)
+    assert parts(folder, None, None) == parts(folder, 3, None) == parts(folder, None, PartBy.SPACING) == BY_SIZE
+    assert parts(folder, 2, None) == [((0, 2), PartBy.PATIENT), ((1, 2), PartBy.PATIENT)]
+    assert {by for _, by in parts(folder, 3, PartBy.PATIENT)} == {PartBy.PATIENT}
+
+
+def test_voxel_sizes_that_are_not_as_many_as_sites_are_refused_when_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"scans of 2 voxel sizes, --sites asks for 3; .* Give --sites 2"):
+        parts(pet(tmp_path, [3.9, 5.5] * 8), 3, PartBy.SPACING)
+
+
+def test_a_voxel_size_of_too_few_patients_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"voxel size 3 of 3 .* 2 patients, .* or --split patient"):
+        parts(pet(tmp_path, [3.9, 4.7] * 8 + [5.5] * 2), 3, None)
+
+
+def test_a_split_without_one_folder_to_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--data names none"):
+        plan_sites(STUDY, Cohorts(folder=None, sites=3, phantoms=30, split=PartBy.SPACING), 0)
+    scans(tmp_path / "site-1", 10)
+    with pytest.raises(UsageError, match="has a folder for each site"):
+        parts(tmp_path, None, PartBy.PATIENT)
 
 
 def test_folders_of_hospitals_are_taken_as_they_are(tmp_path: Path):

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from common.adversary.critic import Critic
-from common.adversary.lipschitz import clamp_weights, project_singular_values
+from common.adversary.critic import Critic, build_critic
+from common.adversary.lipschitz import clamp_weights, limit_slope, project_singular_values
 from common.adversary.losses import fake_gradient_penalty, fake_loss, generator_loss, real_loss
+from common.adversary.optimisers import critic_optimiser, generator_optimiser
 from common.adversary.steps import generator_step
 from common.settings.study import Loss
+from tests.tiny_studies import tiny_study
 
 SCORES = torch.tensor([2.0, -1.0])
 
@@ -87,3 +89,37 @@ def test_critics_are_small_and_score_each_record_alone(size: int) -> None:
     with torch.inference_mode():
         together, alone = critic(pairs), critic(pairs[:1])
     assert together[0].item() == pytest.approx(alone[0].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("mode", "projected"), [("platform", [1, 2, 3, 4, 5, 6]), ("paper", [5])])
+def test_the_published_trgan_projects_at_every_fifth_step_and_the_platform_at_each(
+    mode: str, projected: list[int]
+) -> None:
+    study = tiny_study(family="trgan", training={"latent_size": 32, "mode": mode})
+    found = []
+    for step in range(1, 7):
+        critic = build_critic(study)
+        with torch.no_grad():
+            critic.stages[0].weight.mul_(50)
+        limit_slope(critic, study, step)
+        if torch.linalg.matrix_norm(critic.stages[0].weight.flatten(1), 2) < 1.01:
+            found.append(step)
+    assert found == projected
+
+
+def test_the_published_learning_rates_are_the_families_own() -> None:
+    for family, rate in (("wgan", 5e-5), ("trgan", 3e-5)):
+        study = tiny_study(family=family, training={"latent_size": 32, "mode": "paper"})
+        for optimiser in (critic_optimiser, generator_optimiser):
+            made = optimiser(build_critic(study).parameters(), study)
+            assert isinstance(made, torch.optim.RMSprop)
+            assert made.param_groups[0]["lr"] == rate
+
+
+def test_the_trgan_critic_hears_the_mask_softly_and_keeps_absolute_grey_values() -> None:
+    critic = build_critic(tiny_study(family="trgan", training={"latent_size": 32, "critic_width": 4}))
+    assert len(critic.norms) == len(critic.stages) - 1  # the first stage sees grey values as they are
+    pairs = torch.randn((2, 2, 16, 16, 16), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (slope,) = torch.autograd.grad(critic(pairs).sum(), pairs)
+    image, mask = slope[:, 0].norm().item(), slope[:, 1].norm().item()
+    assert mask < image / 2

@@ -15,8 +15,14 @@ from common.generator.weights import Weights
 from common.privacy.mechanism import DpSgd, ExactAnswer, NoisedCounts, Plan, Unit
 from common.protocol import codec
 from common.protocol.messages import (
+    AttackAuc,
+    CourseOrder,
+    CourseReply,
     EnrolOrder,
     EnrolReply,
+    ExactCourse,
+    FidelityAnswer,
+    FidelityMeasure,
     LedgerHead,
     NoisedHistogram,
     RefusalCode,
@@ -73,7 +79,34 @@ WITNESS = st.none() | st.builds(WitnessedHead, site=TEXT, head=HEAD, signature=T
 HISTOGRAM = st.builds(
     NoisedHistogram, endpoint=TEXT, group=TEXT, counts=st.lists(INTEGER, max_size=4).map(tuple), epsilon=FINITE
 )
+ATTACK = st.none() | st.builds(AttackAuc, auc=FINITE, deviation=FINITE)
+EXACT_COURSE = st.builds(
+    ExactCourse,
+    members=INTEGER,
+    nonmembers=INTEGER,
+    hd95_sum_mm=st.lists(FINITE, max_size=3).map(tuple),
+    fidelity=st.lists(
+        st.builds(FidelityAnswer, measure=st.sampled_from(FidelityMeasure), value=FINITE | st.none()), max_size=3
+    ).map(tuple),
+    critic=ATTACK,
+    critic_control=ATTACK,
+    generator=ATTACK,
+    generator_control=ATTACK,
+)
 ORDERS = st.one_of(
+    st.builds(
+        CourseOrder,
+        study_digest=TEXT,
+        round=INTEGER,
+        weights=WEIGHTS,
+        weights_digest=TEXT,
+        segmenter=WEIGHTS,
+        seed=INTEGER,
+        volumes=INTEGER,
+        training_steps=INTEGER,
+        epsilon=FINITE | st.none(),
+        witness=WITNESS,
+    ),
     st.builds(
         EnrolOrder,
         study_json=TEXT,
@@ -116,6 +149,17 @@ ORDERS = st.one_of(
     st.builds(StatementOrder, study_digest=TEXT, witness=WITNESS),
 )
 REPLIES = st.one_of(
+    st.builds(
+        CourseReply,
+        study_digest=TEXT,
+        round=INTEGER,
+        weights_digest=TEXT,
+        dice_sum=st.lists(FINITE, max_size=3).map(tuple),
+        patients=FINITE,
+        epsilon=FINITE | st.none(),
+        exact=st.none() | EXACT_COURSE,
+        ledger_head=HEAD,
+    ),
     st.builds(
         EnrolReply,
         study_digest=TEXT,
@@ -236,6 +280,7 @@ def test_message_types_are_what_the_client_app_registers():
         "query.enrol",
         "train.warm_up",
         "train.gan",
+        "query.course",
         "query.canaries",
         "query.score",
         "query.utility",

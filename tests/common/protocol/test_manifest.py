@@ -15,8 +15,14 @@ from common.privacy.mechanism import DpSgd, ExactAnswer, NoisedCounts, Unit
 from common.privacy.mechanism_json import mechanism_json
 from common.protocol.manifest import check_reply, objections
 from common.protocol.messages import (
+    AttackAuc,
+    CourseOrder,
+    CourseReply,
     EnrolOrder,
     EnrolReply,
+    ExactCourse,
+    FidelityAnswer,
+    FidelityMeasure,
     LedgerHead,
     NoisedHistogram,
     RefusalCode,
@@ -132,7 +138,41 @@ RECEIPT = Receipt(
 )
 SITE_KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 STATEMENT = (STATEMENT[0], replace(STATEMENT[1], receipt=sign_receipt(RECEIPT, SITE_KEY)))
-PAIRS = (ENROL, TRAIN, SCORE, UTILITY, REAL, STATEMENT)
+COURSE = (
+    CourseOrder(
+        study_digest=STUDY,
+        round=2,
+        weights=WEIGHTS,
+        weights_digest=WEIGHTS.digest,
+        segmenter=WEIGHTS,
+        seed=1,
+        volumes=16,
+        training_steps=10,
+        epsilon=0.25,
+    ),
+    CourseReply(
+        study_digest=STUDY,
+        round=2,
+        weights_digest=WEIGHTS.digest,
+        dice_sum=(3.5 + 1 / 2048, 0.25),
+        patients=9.0,
+        epsilon=0.25,
+        exact=None,
+        ledger_head=HEAD,
+    ),
+)
+FACTS = ExactCourse(
+    members=20,
+    nonmembers=9,
+    hd95_sum_mm=(12.5, 0.0),
+    fidelity=tuple(FidelityAnswer(measure=m, value=-0.5) for m in FidelityMeasure),
+    critic=AttackAuc(auc=1.0, deviation=0.25),
+    critic_control=AttackAuc(auc=0.5, deviation=0.125),
+    generator=None,
+    generator_control=None,
+)
+EXACT_COURSE = (replace(COURSE[0], epsilon=None), replace(COURSE[1], epsilon=None, exact=FACTS))
+PAIRS = (ENROL, TRAIN, COURSE, EXACT_COURSE, SCORE, UTILITY, REAL, STATEMENT)
 REFUSED = RefusalReply(code=RefusalCode.INTERNAL)
 
 
@@ -250,6 +290,51 @@ def test_utility_off_its_grid_or_with_another_price_is_refused(changes):
 
 def test_answer_about_a_segmenter_trained_at_home_says_that_it_is_exact():
     assert checked(REAL[0], replace(REAL[1], exact=False, epsilon=1.0)) == REFUSED
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"round": 1},
+        {"weights_digest": HEX},
+        {"dice_sum": (3.5,)},
+        {"dice_sum": (3.5, 0.1)},
+        {"patients": 0.3},
+        {"epsilon": 0.5},
+        {"epsilon": None},
+        {"exact": FACTS},
+        {"epsilon": None, "exact": FACTS},
+    ],
+)
+def test_an_answer_about_a_round_holds_what_was_paid_for_and_nothing_else(changes):
+    assert checked(COURSE[0], replace(COURSE[1], **changes)) == REFUSED
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"members": -1},
+        {"members": 20.0},
+        {"nonmembers": 10},
+        {"hd95_sum_mm": (12.5,)},
+        {"hd95_sum_mm": (12.5, -1.0)},
+        {"hd95_sum_mm": (12.5, 0.1)},
+        {"fidelity": FACTS.fidelity[1:]},
+        {"fidelity": (*FACTS.fidelity, FACTS.fidelity[0])},
+        {"fidelity": FACTS.fidelity[::-1]},
+        {"fidelity": (replace(FACTS.fidelity[0], value=0.1), *FACTS.fidelity[1:])},
+        {"critic": AttackAuc(auc=1.5, deviation=0.25)},
+        {"critic": AttackAuc(auc=0.1, deviation=0.25)},
+        {"generator": AttackAuc(auc=0.5, deviation=-0.5)},
+        {"generator_control": AttackAuc(auc=0.5, deviation=0.1)},
+    ],
+)
+def test_an_exact_answer_has_no_room_off_its_grid(changes):
+    assert checked(EXACT_COURSE[0], replace(EXACT_COURSE[1], exact=replace(FACTS, **changes))) == REFUSED
+
+
+def test_an_exact_answer_holds_all_that_was_asked_for():
+    assert checked(EXACT_COURSE[0], replace(EXACT_COURSE[1], exact=None)) == REFUSED
 
 
 @pytest.mark.parametrize(

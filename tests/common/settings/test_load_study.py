@@ -1,5 +1,6 @@
 import json
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -159,3 +160,54 @@ def test_a_study_sent_by_a_coordinator_is_checked_like_a_file(tmp_path):
         parse_study(json.dumps(fields))
     with pytest.raises(SettingsError, match="study: "):
         parse_study("{not json")
+
+
+def trgan(text=GOOD):
+    return (
+        text.replace("family: wgan", "family: trgan")
+        .replace("phantom: vessels", "phantom: lesions")
+        .replace("loss: hinge", "loss: hinge\n  latent_size: 64")
+    )
+
+
+def test_a_family_that_paints_slices_needs_one_label_a_latent_for_it_and_a_grid_a_lesion_fits(tmp_path):
+    assert load_study(written(tmp_path, trgan())).family is Family.TRGAN
+    told = problems(
+        tmp_path,
+        ("  1: vessel", "  1: vessel\n  2: node"),
+        ("latent_size: 64", "latent_size: 24"),
+        ("[1, 1.0, 1.0]", "[1, 1.0, 3.0]"),
+        text=trgan(),
+    )
+    for line, part in zip(told, ["one label, got 2", "24 is too small", "shortest side is 32 mm"], strict=True):
+        assert part in line
+
+
+def test_the_published_trgan_is_refused_with_a_privacy_target_by_one_clear_problem(tmp_path):
+    recipe = (
+        "loss: hinge",
+        "mode: paper\n  loss: wasserstein\n  critic_steps_per_generator_step: 1",
+    )
+    (line,) = problems(tmp_path, recipe, text=trgan())
+    assert "training.mode: `paper` is TrGAN as published, which has no differential privacy" in line
+    assert "target_epsilon: null" in line
+    text = trgan().replace(*recipe).replace("target_epsilon: 8", "target_epsilon: null")
+    assert load_study(written(tmp_path, text)).training.mode == "paper"
+
+
+def test_the_published_trgan_is_one_recipe(tmp_path):
+    told = problems(
+        tmp_path,
+        ("target_epsilon: 8", "target_epsilon: null"),
+        ("loss: hinge", "mode: paper\n  loss: hinge\n  lipschitz: clamp"),
+        text=trgan(),
+    )
+    for line, key in zip(told, ["loss", "lipschitz", "critic_steps_per_generator_step"], strict=True):
+        assert f"training.{key}: `mode: paper` of family trgan has" in line
+
+
+@pytest.mark.parametrize("name", ["pet-trgan", "pet-trgan-research"])
+def test_the_pet_studies_are_valid(name):
+    study = load_study(Path(__file__).parents[3] / "deploy/studies" / f"{name}.yaml")
+    assert study.family is Family.TRGAN
+    assert study.intensity.kind == "window"

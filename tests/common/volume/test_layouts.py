@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.errors import DataError
@@ -207,3 +208,60 @@ def test_a_folder_in_no_spelling_is_told_the_three(tmp_path: Path) -> None:
         find_pairs(tmp_path)
     with pytest.raises(DataError, match="not a folder"):
         find_pairs(tmp_path / "absent")
+
+
+def test_pet_files_are_taken_by_name_and_other_modalities_ignored(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        "p1/PET_image.nii.gz",
+        "p1/PET_mask.nii.gz",
+        "p1/CT_image.nii.gz",
+        "p1/CT_mask.nii.gz",
+        "p2/PET_image.nii.gz",
+        "p3/PET_mask.nii.gz",
+        "p4/PET_image.nii.gz",
+        "p4/PET_image.nii",
+        "p4/PET_mask.nii.gz",
+        "p5/MR_T1_image.nii.gz",
+    )
+    assert find_pairs(tmp_path).layout is Layout.PET
+    assert pairs(tmp_path, suffix="pet") == [("p1", "PET_image", "p1/PET_image.nii.gz", "p1/PET_mask.nii.gz")]
+    assert refused(tmp_path) == [
+        ("p2/PET_image.nii.gz", Reason.MISSING_LABEL),
+        ("p3/PET_mask.nii.gz", Reason.MISSING_IMAGE),
+        ("p4/PET_image.nii", Reason.NAMED_TWICE),
+        ("p4/PET_image.nii.gz", Reason.NAMED_TWICE),
+    ]
+
+
+def test_a_pet_folder_is_refused_for_a_study_of_another_modality(tmp_path: Path) -> None:
+    touch(tmp_path, "p1/PET_image.nii.gz", "p1/PET_mask.nii.gz")
+    with pytest.raises(DataError, match="holds PET; the study's modality is T1w"):
+        find_pairs(tmp_path, suffix="T1w")
+
+
+def test_dicom_masks_follow_the_series_or_else_the_frame_that_they_are_drawn_on(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom", reason="DICOM needs the extra `dicom`")
+    from tests.dicom_files import write_pet, write_structures
+
+    counts = np.arange(8, dtype=np.int16).reshape(2, 2, 2)
+    write_pet(tmp_path / "p1" / "pet", counts)
+    write_structures(tmp_path / "p1" / "rs" / "own.dcm", {"GTV": []})
+    write_structures(tmp_path / "p1" / "rs" / "ct.dcm", {"GTV": []}, series="7.7")
+    write_pet(tmp_path / "p2", counts)
+    write_structures(tmp_path / "p2" / "ct.dcm", {"GTV": []}, series="7.7")
+    write_pet(tmp_path / "p3", counts)
+    write_structures(tmp_path / "p3" / "other.dcm", {"GTV": []}, series="7.7", frame="7.8")
+    write_pet(tmp_path / "p4", counts)
+    for name in ("a", "b"):
+        write_structures(tmp_path / "p4" / f"{name}.dcm", {"GTV": []})
+    write_pet(tmp_path / "p5" / "ct", counts, Modality="CT")
+    touch(tmp_path, "p6/broken.dcm")
+    assert find_pairs(tmp_path).layout is Layout.DICOM
+    assert pairs(tmp_path) == [("p1", "pet", "p1/pet", "p1/rs/own.dcm"), ("p2", "p2", "p2", "p2/ct.dcm")]
+    assert refused(tmp_path) == [
+        ("p3", Reason.MISSING_LABEL),
+        ("p4", Reason.AMBIGUOUS_LABEL),
+        ("p5", Reason.MISSING_IMAGE),
+        ("p6/broken.dcm", Reason.UNREADABLE),
+    ]
