@@ -15,8 +15,8 @@ import typer
 from common.errors import ExitCode
 
 if TYPE_CHECKING:
-    from client.dummy import Step
     from client.ingest import IngestReport
+    from client.rehearsal.acts import Step
     from client.site_check import SiteCheck, StepCost
 
 Folder = Annotated[Path, typer.Argument(metavar="SITE", help="The site's own folder.", show_default=False)]
@@ -46,7 +46,7 @@ def dummy(site: Folder, *, as_json: AsJson = False) -> None:
 
     The site's data, state, ledger and keys are not touched.
     """
-    from client.dummy import rehearse  # noqa: PLC0415
+    from client.rehearsal.rehearse import rehearse  # noqa: PLC0415
     from client.site_folder import site_folder  # noqa: PLC0415
 
     done = rehearse(site_folder(site), tell=(lambda _: None) if as_json else _tell)

@@ -13,7 +13,7 @@ PACKAGES = ("common", "client", "server")
 HEAVY = {
     "flwr": {
         "client/app.py",
-        "client/dummy_worker.py",
+        "client/rehearsal/worker.py",
         "client/egress_gate.py",
         "client/order_worker.py",
         "client/runner.py",

@@ -18,6 +18,7 @@ from tests.benchmarks.report import markdown, write_results
 BENCHMARKS = {
     "accountants": "epsilon by several accountants, the noise that targets need, and the published example",
     "audit": "what the audit finds of planted copies beside peers, how often it errs, and its speed",
+    "course": "PET in whole campaigns: attacks by critic and generator, Dice, and what following them costs in time",
     "dp_step": "a critic's step with patient-level privacy beside the plain step, Opacus and other ways",
     "federation": "a message phase with our runner beside Flower's executor, and a coordinator's memory with 50 sites",
     "noniid": "sites whose patients differ: alone, averaged, as an ensemble, distilled, and pooled",

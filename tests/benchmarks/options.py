@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "deploy" / "studies"
 DATA_VARIABLE = "CONSILIUM_TEST_DATA"
 HIPPOCAMPUS = Path("segmentation") / "msd_task04_hippocampus"
+PET = Path("pet") / "ibsi_sts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,4 +40,10 @@ def data_folder() -> Path:
 def hippocampus() -> Path | None:
     """The real hippocampus scans, None when they are absent."""
     folder = data_folder() / HIPPOCAMPUS
+    return folder if folder.is_dir() else None
+
+
+def pet() -> Path | None:
+    """The real PET of soft-tissue sarcomas, None when it is absent."""
+    folder = data_folder() / PET
     return folder if folder.is_dir() else None

@@ -122,6 +122,21 @@ def test_noniid_puts_six_ways_on_the_same_patients_of_every_split(tmp_path: Path
     assert len(rows) == 9 * 6 * 3
 
 
+@pytest.mark.slow
+def test_course_puts_attacks_dice_and_time_of_both_epsilons_side_by_side(tmp_path: Path) -> None:
+    rows = results("course", tmp_path)
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    assert [case.rpartition(", ")[2] for case in cases] == ["no DP", "epsilon 8"]
+    for case in cases:
+        here = {(row["method"], row["metric"]): row["value"] for row in rows if row["case"] == case}
+        ours = {metric for method, metric in here if method == "consilium"}
+        assert {"critic_auc", "critic_auc_control", "generator_auc", "generator_auc_control", "course_share"} <= ours
+        assert here["consilium", "course_share"] > 0
+        for method in ("consilium", "train-on-phantom", "public start alone"):
+            ratio = here[method, "dice"] / here["train-on-real", "dice"]
+            assert here[method, "dice_ratio"] == pytest.approx(ratio)
+
+
 def test_an_unknown_name_is_wrong_usage_and_names_what_there_is() -> None:
     command = [sys.executable, "-m", "tests.benchmarks", "simulatoin"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from small_site import QuickWork, enrol_order, open_site, policy, settings, train_order
 
-from client.dummy import MOST_PATIENTS, Rehearsal, dummy_study, rehearse
 from client.joining import denying_policy
 from client.policy import study_objections
+from client.rehearsal.rehearse import Rehearsal, rehearse
+from client.rehearsal.study import MOST_PATIENTS, dummy_study
 from client.site import Site
 from client.training.canaries import HEARD
 from common.cli import run

@@ -22,7 +22,7 @@ _COORDINATOR: Final = 1
 _SITE: Final = 2
 
 
-class DummyWorker:
+class RehearsalWorker:
     """A worker process for a site file, asked by hand. Stop it. Final.
 
     bytes_out: of all replies so far, as the gate measured them.

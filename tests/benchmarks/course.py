@@ -1,0 +1,240 @@
+"""PET with its critic, its generator and its segmenters watched: with and without privacy, in whole campaigns.
+
+Three hospitals hold the open FDG-PET of soft-tissue sarcomas, each the patients of one voxel size, or as many phantom
+patients where the scans are absent. `consilium simulate` runs the research study `pet-trgan-research`, whose course
+answers exactly, once without noise and once with a patient-level epsilon of 8, from every seed:
+
+- `critic_auc`: of each hospital's own critic, members against held-out patients; pooled over hospitals by patients.
+  `critic_auc_control`: the same score between halves of the members, where there is nothing to find. No critic leaves.
+- `generator_auc`, `generator_auc_control`: near copies and nearest volume from the generator that would leave.
+- `dice`: of a segmenter on held-out real patients; trained on the last round's volumes (`consilium`), on the members of
+  all hospitals together (`train-on-real`, which no hospital could do), on phantoms alone (`train-on-phantom`), or on
+  volumes of the public start. Equal steps, equal augmentation. `dice_ratio`: beside `train-on-real`, paired.
+- `course_share`: what the points add to the wall time of the rest of the campaign, audit and utility included.
+
+Attacks: value and interval are means over seeds of the campaign's own estimates; a patient is in every seed, so the
+interval is that of one seed. Dice: 95 % bootstrap over seeds and held-out patients. n: held-out patients of all seeds
+for Dice, else seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.generator.network import generator_from, read_weights
+from common.generator.sampling import sample_pairs
+from common.measure.intervals import Interval
+from common.measure.segmentation import dice_per_patient, train_segmenter
+from common.phantom.draw import public_phantoms
+from common.settings.load import study_digest
+from common.settings.study import Study
+from common.telemetry.events import ignore
+from server.checkpoint import CheckpointStore
+from server.course import CourseRow
+from server.course_stage import read_course
+from server.run_folder import Engine, RunFolder
+from server.seeds import derive
+from server.simulate import simulate
+from server.simulated_sites import Cohorts
+from tests.benchmarks.hospitals import cohorts_of, say, utc_now
+from tests.benchmarks.options import DATA_VARIABLE, Options, pet
+from tests.benchmarks.report import OURS, RESAMPLES, Row, bounds
+from tests.benchmarks.studies import shipped
+
+STUDY = "pet-trgan-research.yaml"
+SITES, PHANTOM_PATIENTS = 3, 12
+EPSILONS = (None, 8.0)
+SEGMENTER_STEPS, VOLUMES = 400, 512
+REAL, PHANTOM, START = PEERS = ("train-on-real", "train-on-phantom", "public start alone")
+
+Dice = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One campaign. data: folder of PET; None draws phantoms. steps, volumes: of each segmenter."""
+
+    study: Study
+    seed: int
+    data: Path | None
+    folder: Path
+    steps: int
+    volumes: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Found:
+    """What one campaign showed. last: its last point. share: of the course. dice: (held-out patients,) by method."""
+
+    last: CourseRow
+    share: float
+    dice: Mapping[str, Dice]
+
+
+def run(options: Options) -> list[Row]:
+    """Run every campaign; rows of one epsilon stand together."""
+    data = None if options.quick else pet()
+    if data is None:
+        say(f"course: phantoms in place of real PET ({DATA_VARIABLE} names the folder that holds pet/ibsi_sts)")
+    study = shipped(STUDY, folder=options.studies, quick=options.quick)
+    study = _quick(study) if options.quick else study
+    with TemporaryDirectory(prefix="consilium-bench-") as temporary:
+        jobs = {
+            (epsilon, seed): Job(
+                study=_at(study, epsilon),
+                seed=seed,
+                data=data,
+                folder=Path(temporary) / f"{epsilon}-{seed}",
+                steps=4 if options.quick else SEGMENTER_STEPS,
+                volumes=16 if options.quick else VOLUMES,
+            )
+            for epsilon in EPSILONS
+            for seed in range(options.seeds)
+        }
+        found = dict(zip(jobs, _measured(list(jobs.values()), side_by_side=not options.quick), strict=True))
+    whose = "PET of sarcomas" if data else "PET phantoms in place of real scans"
+    shape = "x".join(map(str, study.grid.shape))
+    return [
+        row
+        for epsilon in EPSILONS
+        for row in _rows(
+            f"{whose}, {shape}, {SITES} sites, {'no DP' if epsilon is None else f'epsilon {epsilon:g}'}",
+            [found[epsilon, seed] for seed in range(options.seeds)],
+        )
+    ]
+
+
+def _quick(study: Study) -> Study:
+    course = study.course
+    if course is None:
+        raise ValueError(f"{STUDY} follows no course")
+    small = course.model_copy(update={"every_rounds": 1, "volumes": 16, "training_steps": 2})
+    return study.model_copy(update={"course": small, "audit": study.audit.model_copy(update={"volumes": 40})})
+
+
+def _at(study: Study, epsilon: float | None) -> Study:
+    """The study with this epsilon and nothing else changed."""
+    name = f"{study.study}-{'no-noise' if epsilon is None else f'{epsilon:g}'}"
+    privacy = study.privacy.model_copy(update={"target_epsilon": epsilon})
+    return study.model_copy(update={"study": name, "privacy": privacy})
+
+
+def _measured(jobs: Sequence[Job], *, side_by_side: bool) -> Iterator[Found]:
+    if not side_by_side:
+        yield from map(measure, jobs)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the new processes when they start
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(measure, jobs)
+
+
+def measure(job: Job) -> Found:
+    """Run one campaign and look at it."""
+    cohorts = Cohorts(folder=job.data, sites=SITES, phantoms=PHANTOM_PATIENTS)
+    say(f"course: {job.study.study}, seed {job.seed}")
+    finished = simulate(
+        job.study, job.folder, cohorts, engine=Engine.LOCAL, seed=job.seed, observer=ignore, now=utc_now
+    )
+    course = read_course(finished)
+    if course is None or not course.measured:
+        raise ValueError(f"the campaign of {job.study.study} has no point")
+    spent = sum(row.seconds for row in course.rows)
+    return Found(last=course.measured[-1], share=spent / (_seconds(finished) - spent), dice=_dice(job, finished))
+
+
+def _seconds(finished: RunFolder) -> float:
+    """Wall time of all stages."""
+    events = map(json.loads, finished.events.read_text(encoding="utf-8").splitlines())
+    return sum(float(event["seconds"]) for event in events if event["event"] == "StageFinished")
+
+
+def _dice(job: Job, finished: RunFolder) -> dict[str, Dice]:
+    """Of every method on the held-out patients of all hospitals."""
+    study = job.study
+    cohorts = list(cohorts_of(finished).values())
+    members = np.concatenate([cohort.scans(name) for cohort in cohorts for name in cohort.members])
+    last = CheckpointStore(finished.checkpoints, study_digest=study_digest(study)).latest()
+    if last is None:
+        raise ValueError(f"{finished.path} holds no round")
+
+    def drawn(name: str) -> NDArray[np.floating]:
+        weights = last.average if name == OURS else read_weights(finished.warm_start / "generator.safetensors")
+        seed = derive(job.seed, "bench volumes")
+        return sample_pairs(generator_from(study, weights), seed=seed, first=0, count=job.volumes)
+
+    pairs: dict[str, Callable[[], NDArray[np.floating]]] = {
+        OURS: lambda: drawn(OURS),
+        REAL: lambda: members,
+        PHANTOM: lambda: public_phantoms(study, derive(job.seed, "bench phantoms"), job.volumes),
+        START: lambda: drawn(START),
+    }
+    found = {}
+    for name, make in pairs.items():
+        segmenter = train_segmenter(make(), labels=len(study.labels), steps=job.steps, seed=job.seed)
+        found[name] = np.array(
+            [
+                dice_per_patient(segmenter, cohort.scans(patient), labels=len(study.labels)).mean()
+                for cohort in cohorts
+                for patient in cohort.nonmembers
+            ]
+        )
+    return found
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+
+def _rows(case: str, seeds: Sequence[Found]) -> list[Row]:
+    """All of one epsilon."""
+    bare = Row(case=case, method=OURS, metric="", value=0.0, low=None, high=None, unit="auc", n=0)
+    attacks: Mapping[str, Callable[[CourseRow], Interval | None]] = {
+        "critic_auc": lambda row: row.point.critic_attack if row.point else None,
+        "critic_auc_control": lambda row: row.critic_control,
+        "generator_auc": lambda row: row.point.generator_attack if row.point and row.attacked else None,
+        "generator_auc_control": lambda row: row.generator_control,
+    }
+    rows = []
+    for metric, of in attacks.items():
+        known = [interval for found in seeds if (interval := of(found.last)) is not None]
+        if known:
+            low, value, high = (fmean(getattr(i, end) for i in known) for end in ("low", "estimate", "high"))
+            rows.append(replace(bare, metric=metric, value=value, low=low, high=high, n=len(known)))
+    spreads = {method: _spread([found.dice[method] for found in seeds]) for method in (OURS, *PEERS)}
+    held_out = sum(len(found.dice[OURS]) for found in seeds)
+    for method, spread in spreads.items():
+        low, high = bounds(spread[1:])
+        rows.append(
+            replace(bare, method=method, metric="dice", value=spread[0], low=low, high=high, unit="dice", n=held_out)
+        )
+    for method in (OURS, PHANTOM, START):
+        ratio = spreads[method] / spreads[REAL]
+        low, high = bounds(ratio[1:])
+        rows.append(
+            replace(
+                bare, method=method, metric="dice_ratio", value=ratio[0], low=low, high=high, unit="ratio", n=held_out
+            )
+        )
+    shares = [found.share for found in seeds]
+    share = replace(bare, metric="course_share", value=fmean(shares), low=min(shares), high=max(shares))
+    return [*rows, replace(share, unit="ratio", n=len(shares))]
+
+
+def _spread(dice: Sequence[Dice]) -> NDArray[np.float64]:
+    """(1 + RESAMPLES,): the mean over seeds and patients, then its bootstrap; the same draws for every method."""
+    rng = np.random.default_rng(0)
+    seeds = rng.integers(0, len(dice), size=(RESAMPLES, len(dice)))
+    draws = [
+        fmean(float(dice[s][rng.integers(0, len(dice[s]), len(dice[s]))].mean()) for s in chosen) for chosen in seeds
+    ]
+    return np.array([fmean(float(values.mean()) for values in dice), *draws])
