@@ -38,7 +38,7 @@ HOST: Final = "127.0.0.1"
 SITES: Final = ("north", "south")
 START_S: Final = 120.0
 CAMPAIGN_S: Final = 3600.0
-_LOOK_S: Final = 1.0
+_LOOK_S: Final = 3.0  # a look is a command of its own, which takes a core for a second
 # What these hospitals allow; each would set its own figures in its policy.yaml.
 LIMITS: Final = {
     "epsilon_cap": "16.0",
