@@ -38,7 +38,7 @@ HOST: Final = "127.0.0.1"
 SITES: Final = ("north", "south")
 START_S: Final = 120.0
 CAMPAIGN_S: Final = 3600.0
-_LOOK_S: Final = 1.0
+_LOOK_S: Final = 3.0  # a look is a command of its own, which takes a core for a second or two
 # What these hospitals allow; each would set its own figures in its policy.yaml.
 LIMITS: Final = {
     "epsilon_cap": "16.0",
@@ -48,6 +48,9 @@ LIMITS: Final = {
     "maximum_steps": "1000",
     "minimum_patients": "20",
 }
+
+
+Status = dict[str, Any]  # what `consilium federation status --json` says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +116,14 @@ def demo(out: Path, *, study: Path, patients: int) -> int:
         say("\n(4) everybody serves")
         served = {folder: _serve(running, "site", folder) for folder in hospitals.values()}
         served[coordinator] = _serve(running, "federation", coordinator)
-        _wait("both hospitals are connected", lambda: _online(coordinator) == set(SITES), START_S)
+        _wait("both hospitals are connected", coordinator, _all_online, START_S)
         say("\n(5) the campaign")
         consilium("federation", "start", coordinator, study, "--name", "demo")
-        _wait("two rounds are held", lambda: _rounds(coordinator) >= 2, CAMPAIGN_S, tell=lambda: _words(coordinator))
+        _wait("two rounds are held", coordinator, lambda status: _run(status)["rounds"] >= 2, CAMPAIGN_S)
         say("\n(6) a power cut at the coordinator, in the middle of a round; it is served again and goes on by itself")
         served[coordinator].kill()
         served[coordinator] = _serve(running, "federation", coordinator)
-        _wait("the outcome is signed", lambda: _outcome(coordinator), CAMPAIGN_S, tell=lambda: _words(coordinator))
+        _wait("the outcome is signed", coordinator, lambda status: _run(status)["outcome"], CAMPAIGN_S)
         say("\n(7) what anybody can check, offline")
         release = coordinator / "runs" / "demo" / "release"
         code = consilium("verify", release, may_fail=True)
@@ -131,7 +134,7 @@ def demo(out: Path, *, study: Path, patients: int) -> int:
         for folder in hospitals.values():
             _serve(running, "site", folder)
         _serve(running, "federation", coordinator)
-        _wait("both hospitals are connected", lambda: _online(coordinator) == set(SITES), START_S)
+        _wait("both hospitals are connected", coordinator, _all_online, START_S)
         for _ in range(2):
             consilium("federation", "resume", coordinator, "demo")
         for name, folder in hospitals.items():
@@ -206,13 +209,13 @@ def _ended(service: Service) -> Iterator[None]:
         end_all(process for pid in service.pids.values() if (process := seen(pid)) is not None)
 
 
-def _wait(what: str, done: Callable[[], object], limit_s: float, *, tell: Callable[[], str] = lambda: "") -> None:
-    """Look until it is done, saying what changes. Raises Unreachable after `limit_s` seconds."""
+def _wait(what: str, coordinator: Path, done: Callable[[Status], object], limit_s: float) -> None:
+    """Look until it is done, saying how a run gets on. Raises Unreachable after `limit_s` seconds."""
     end, told = time.monotonic() + limit_s, ""
-    while not done():
+    while not done(status := facts("federation", "status", coordinator)):
         if time.monotonic() > end:
             raise Unreachable(f"waited {limit_s:.0f} s in vain until {what}. The logs lie in each folder's log/.")
-        if (words := tell()) and words != told:
+        if (words := _words(status)) != told:
             say(f"  {words}")
             told = words
         time.sleep(_LOOK_S)
@@ -233,33 +236,20 @@ def _edit(path: Path, values: dict[str, str]) -> None:
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 
-def _status(coordinator: Path) -> dict[str, Any]:
-    return facts("federation", "status", coordinator)
+def _all_online(status: Status) -> bool:
+    return {site["name"] for site in status.get("sites", ()) if site["online"]} == set(SITES)
 
 
-def _online(coordinator: Path) -> set[str]:
-    return {site["name"] for site in _status(coordinator).get("sites", ()) if site["online"]}
-
-
-def _run(coordinator: Path) -> dict[str, Any]:
-    runs: list[dict[str, Any]] = _status(coordinator).get("runs", [])
+def _run(status: Status) -> dict[str, Any]:
+    runs: list[dict[str, Any]] = status.get("runs", [])
     if runs and runs[0]["activity"] in {"failed", "given up", "stopped"}:
         raise IntegrityError(f"the run {runs[0]['activity']}: {runs[0]['failure']}")
     return runs[0] if runs else {"rounds": 0, "of_rounds": 0, "outcome": None, "activity": "unknown"}
 
 
-def _rounds(coordinator: Path) -> int:
-    return int(_run(coordinator)["rounds"])
-
-
-def _outcome(coordinator: Path) -> str | None:
-    outcome: str | None = _run(coordinator)["outcome"]
-    return outcome
-
-
-def _words(coordinator: Path) -> str:
-    run = _run(coordinator)
-    return f"{run['activity']}, {run['rounds']} of {run['of_rounds']} rounds"
+def _words(status: Status) -> str:
+    run = _run(status)
+    return f"{run['activity']}, {run['rounds']} of {run['of_rounds']} rounds" if status.get("runs") else ""
 
 
 def _head(site: Path) -> str:
