@@ -49,7 +49,7 @@ from server.simulate import simulate
 from server.simulated_sites import Cohorts
 from tests.benchmarks.hospitals import cohorts_of, say, utc_now
 from tests.benchmarks.options import DATA_VARIABLE, Options, pet
-from tests.benchmarks.report import OURS, RESAMPLES, Row, bounds
+from tests.benchmarks.report import OURS, Curve, Row, bootstrap_draws, bounds
 from tests.benchmarks.studies import shipped
 
 STUDY = "pet-trgan-research.yaml"
@@ -210,31 +210,17 @@ def _rows(case: str, seeds: Sequence[Found]) -> list[Row]:
         if known:
             low, value, high = (fmean(getattr(i, end) for i in known) for end in ("low", "estimate", "high"))
             rows.append(replace(bare, metric=metric, value=value, low=low, high=high, n=len(known)))
-    spreads = {method: _spread([found.dice[method] for found in seeds]) for method in (OURS, *PEERS)}
-    held_out = sum(len(found.dice[OURS]) for found in seeds)
-    for method, spread in spreads.items():
-        low, high = bounds(spread[1:])
-        rows.append(
-            replace(bare, method=method, metric="dice", value=spread[0], low=low, high=high, unit="dice", n=held_out)
-        )
+    curves = {method: Curve(name=case, dice=[found.dice[method] for found in seeds]) for method in (OURS, *PEERS)}
+    draws = bootstrap_draws([len(values) for values in curves[REAL].dice])
+    dice = replace(bare, metric="dice", unit="dice", n=sum(len(values) for values in curves[REAL].dice))
+    for method, curve in curves.items():
+        low, high = bounds(curve.spread(draws))
+        rows.append(replace(dice, method=method, value=curve.mean, low=low, high=high))
+    real = curves[REAL]
     for method in (OURS, PHANTOM, START):
-        ratio = spreads[method] / spreads[REAL]
-        low, high = bounds(ratio[1:])
-        rows.append(
-            replace(
-                bare, method=method, metric="dice_ratio", value=ratio[0], low=low, high=high, unit="ratio", n=held_out
-            )
-        )
+        low, high = bounds(curves[method].spread(draws) / real.spread(draws))
+        ratio = replace(dice, method=method, metric="dice_ratio", unit="ratio", low=low, high=high)
+        rows.append(replace(ratio, value=curves[method].mean / real.mean))
     shares = [found.share for found in seeds]
     share = replace(bare, metric="course_share", value=fmean(shares), low=min(shares), high=max(shares))
     return [*rows, replace(share, unit="ratio", n=len(shares))]
-
-
-def _spread(dice: Sequence[Dice]) -> NDArray[np.float64]:
-    """(1 + RESAMPLES,): the mean over seeds and patients, then its bootstrap; the same draws for every method."""
-    rng = np.random.default_rng(0)
-    seeds = rng.integers(0, len(dice), size=(RESAMPLES, len(dice)))
-    draws = [
-        fmean(float(dice[s][rng.integers(0, len(dice[s]), len(dice[s]))].mean()) for s in chosen) for chosen in seeds
-    ]
-    return np.array([fmean(float(values.mean()) for values in dice), *draws])

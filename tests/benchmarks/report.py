@@ -91,6 +91,38 @@ def bounds(draws: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+Draw = Sequence[tuple[int, NDArray[np.int64]]]  # a seed, and patients of it
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Curve:
+    """Dice of one method over several seeds. dice: (patients,) of each seed."""
+
+    name: str
+    dice: Sequence[NDArray[np.float64]]
+
+    @property
+    def mean(self) -> float:
+        """Over seeds and patients."""
+        return float(np.mean([values.mean() for values in self.dice]))
+
+    def spread(self, draws: Sequence[Draw]) -> NDArray[np.float64]:
+        """(draws,) means over the drawn seeds and patients."""
+        return np.array([np.mean([self.dice[s][index].mean() for s, index in draw]) for draw in draws])
+
+
+def bootstrap_draws(patients: Sequence[int], *, seed: int = 0) -> list[Draw]:
+    """Bootstrap draws: for each, seeds with replacement and for each of them patients with replacement.
+
+    The same draws for every method of one benchmark, so that differences and ratios are paired.
+    """
+    rng = np.random.default_rng(seed)
+    return [
+        [(int(s), rng.integers(0, patients[s], patients[s])) for s in rng.integers(0, len(patients), len(patients))]
+        for _ in range(RESAMPLES // 4)
+    ]
+
+
 def _text(value: float | int | str | None) -> str:
     if value is None:
         return ""

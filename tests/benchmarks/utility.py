@@ -51,7 +51,7 @@ from tests.benchmarks.hospitals import (
     warmed_up,
 )
 from tests.benchmarks.options import DATA_VARIABLE, HIPPOCAMPUS, Options, data_folder, hippocampus
-from tests.benchmarks.report import OURS, RESAMPLES, Row, bounds
+from tests.benchmarks.report import OURS, Curve, Row, bootstrap_draws, bounds
 from tests.benchmarks.studies import HIPPOCAMPUS_STUDIES, QUICK_PATIENTS, TOF_MRA_STUDIES, StudyPair, shipped
 
 SITES = 3
@@ -64,7 +64,6 @@ REAL, PHANTOM, START = PEERS = ("train-on-real", "train-on-phantom", "public sta
 
 Pairs = NDArray[np.floating]
 Dice = NDArray[np.float64]
-Draw = Sequence[tuple[int, NDArray[np.int64]]]  # a seed, and patients of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +294,7 @@ def _rows(case: str, dice: Mapping[Key, Dice], curve: Sequence[float | None], se
         key = Key(case, method, epsilon, warm, 0)
         return Curve(name=f"{case}, {_words(epsilon, warm)}", dice=[dice[replace(key, seed=s)] for s in range(seeds)])
 
-    draws = _draws([len(values) for values in of(REAL).dice])
+    draws = bootstrap_draws([len(values) for values in of(REAL).dice])
     patients = sum(len(values) for values in of(REAL).dice)
 
     def row(curve: Curve, metric: str, *, method: str = OURS, against: Curve | None = None, ratio: bool = False) -> Row:
@@ -318,32 +317,6 @@ def _rows(case: str, dice: Mapping[Key, Dice], curve: Sequence[float | None], se
     for epsilon in (PAPER_EPSILON, None):
         rows += [row(of(OURS, epsilon), f"dice_minus_{peer.replace(' ', '-')}", against=of(peer)) for peer in PEERS]
     return rows
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Curve:
-    """One point of a curve. dice: (patients,) of each seed."""
-
-    name: str
-    dice: Sequence[Dice]
-
-    @property
-    def mean(self) -> float:
-        """Over seeds and patients."""
-        return float(np.mean([values.mean() for values in self.dice]))
-
-    def spread(self, draws: Sequence[Draw]) -> NDArray[np.float64]:
-        """(draws,) means over the drawn seeds and patients."""
-        return np.array([np.mean([self.dice[s][index].mean() for s, index in draw]) for draw in draws])
-
-
-def _draws(patients: Sequence[int], *, seed: int = 0) -> list[Draw]:
-    """Bootstrap draws: for each, seeds with replacement and for each of them patients with replacement."""
-    rng = np.random.default_rng(seed)
-    return [
-        [(int(s), rng.integers(0, patients[s], patients[s])) for s in rng.integers(0, len(patients), len(patients))]
-        for _ in range(RESAMPLES // 4)
-    ]
 
 
 def _words(epsilon: float | None, warm: bool) -> str:
