@@ -20,11 +20,8 @@ for Dice, else seeds.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -47,7 +44,7 @@ from server.run_folder import Engine, RunFolder
 from server.seeds import derive
 from server.simulate import simulate
 from server.simulated_sites import Cohorts
-from tests.benchmarks.hospitals import cohorts_of, say, utc_now
+from tests.benchmarks.hospitals import cohorts_of, each, say, utc_now
 from tests.benchmarks.options import DATA_VARIABLE, Options, pet
 from tests.benchmarks.report import OURS, Curve, Row, bootstrap_draws, bounds
 from tests.benchmarks.studies import shipped
@@ -102,7 +99,7 @@ def run(options: Options) -> list[Row]:
             for epsilon in EPSILONS
             for seed in range(options.seeds)
         }
-        found = dict(zip(jobs, _measured(list(jobs.values()), side_by_side=not options.quick), strict=True))
+        found = dict(zip(jobs, each(list(jobs.values()), measure, in_one_process=options.quick), strict=True))
     whose = "PET of sarcomas" if data else "PET phantoms in place of real scans"
     shape = "x".join(map(str, study.grid.shape))
     return [
@@ -128,15 +125,6 @@ def _at(study: Study, epsilon: float | None) -> Study:
     name = f"{study.study}-{'no-noise' if epsilon is None else f'{epsilon:g}'}"
     privacy = study.privacy.model_copy(update={"target_epsilon": epsilon})
     return study.model_copy(update={"study": name, "privacy": privacy})
-
-
-def _measured(jobs: Sequence[Job], *, side_by_side: bool) -> Iterator[Found]:
-    if not side_by_side:
-        yield from map(measure, jobs)
-        return
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by the new processes when they start
-    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(measure, jobs)
 
 
 def measure(job: Job) -> Found:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import client
 import common
@@ -48,6 +52,9 @@ from server.warm_up import WARM_UP_RECORD, warm_up
 
 PROGRESS_EVERY_S = 10.0
 
+Job = TypeVar("Job")
+Found = TypeVar("Found")
+
 
 def utc_now() -> datetime:
     """The time, aware."""
@@ -57,6 +64,19 @@ def utc_now() -> datetime:
 def say(text: str) -> None:
     """One line for whoever waits; the tables go to standard output."""
     print(text, file=sys.stderr, flush=True)
+
+
+def each(jobs: Sequence[Job], measure: Callable[[Job], Found], *, in_one_process: bool) -> Iterator[Found]:
+    """Results in the order of the jobs; one process with one thread for each core unless `in_one_process`.
+
+    Several small trainings at once are quicker than one on all cores.
+    """
+    if in_one_process:
+        yield from map(measure, jobs)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the new processes when they start
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(measure, jobs)
 
 
 def progress() -> Observer:

@@ -25,12 +25,9 @@ moves a generator away from it: compare the methods with each other, and none of
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -65,7 +62,7 @@ from server.pretrain import WarmStart, warm_start
 from server.round import TrainingCampaign, hold_rounds
 from server.seeds import derive
 from server.sites import NoReply
-from tests.benchmarks.hospitals import say, utc_now
+from tests.benchmarks.hospitals import each, say, utc_now
 from tests.benchmarks.options import Options
 from tests.benchmarks.report import OURS, Row
 
@@ -170,7 +167,7 @@ def run(options: Options) -> list[Row]:
         and (split != "missing label" or len(job.study.labels) > 1)
     ]
     scores: dict[tuple[str, int], Mapping[str, Score]] = {}
-    for job, found in zip(jobs, _measured(jobs, in_one_process=options.quick), strict=True):
+    for job, found in zip(jobs, each(jobs, measure, in_one_process=options.quick), strict=True):
         scores[job.case, job.seed] = found
         say(f"  {job.case}, seed {job.seed}: " + ", ".join(f"{m} {s.dice.mean():.3f}" for m, s in found.items()))
     return [
@@ -178,14 +175,6 @@ def run(options: Options) -> list[Row]:
         for case in dict.fromkeys(job.case for job in jobs)
         for row in _rows(case, [scores[case, s] for s in range(seeds)])
     ]
-
-
-def _measured(jobs: Sequence[Job], *, in_one_process: bool) -> Iterable[Mapping[str, Score]]:
-    if in_one_process:
-        return map(measure, jobs)
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by the new processes when they start
-    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        return list(pool.map(measure, jobs))
 
 
 def _study(settings: Mapping[str, Any], *, quick: bool) -> Study:

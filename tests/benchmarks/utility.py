@@ -22,9 +22,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -43,6 +41,7 @@ from server.seeds import derive
 from server.simulated_sites import Cohorts
 from tests.benchmarks.hospitals import (
     cohorts_of,
+    each,
     enrolled_run,
     public_start,
     say,
@@ -103,21 +102,10 @@ def _run(options: Options, cache: Path) -> list[Row]:
     jobs = {key: job for case in cases for key, job in case.jobs(curve, options.seeds)}
     waiting = [job for job in jobs.values() if not job.stored.exists()]
     say(f"utility: {len(jobs)} segmenters, {len(waiting)} of them to be trained")
-    if options.quick:
-        for job in waiting:
-            measure(job)
-    else:
-        _measure_side_by_side(waiting)
+    for job, mean in zip(waiting, each(waiting, measure, in_one_process=options.quick), strict=True):
+        say(f"  {job.case}, {job.method}, seed {job.seed}: Dice {mean:.4f}")
     dice = {key: np.load(job.stored) for key, job in jobs.items()}
     return [row for name in dict.fromkeys(key.case for key in jobs) for row in _rows(name, dice, curve, options.seeds)]
-
-
-def _measure_side_by_side(jobs: Sequence[Job]) -> None:
-    """One process with one thread for each core: several small trainings at once are quicker than one on all cores."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by the new processes when they start
-    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for job, mean in zip(jobs, pool.map(measure, jobs), strict=True):
-            say(f"  {job.case}, {job.method}, seed {job.seed}: Dice {mean:.4f}")
 
 
 def measure(job: Job) -> float:
