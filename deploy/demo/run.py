@@ -50,7 +50,7 @@ LIMITS: Final = {
 }
 
 
-Status = dict[str, Any]  # what `consilium federation status --json` says
+Status = dict[str, Any]  # what `consilium federation status F --json` says
 
 
 @dataclass(frozen=True, kw_only=True)

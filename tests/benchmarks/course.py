@@ -116,8 +116,14 @@ def _quick(study: Study) -> Study:
     course = study.course
     if course is None:
         raise ValueError(f"{STUDY} follows no course")
-    small = course.model_copy(update={"every_rounds": 1, "volumes": 16, "training_steps": 2})
-    return study.model_copy(update={"course": small, "audit": study.audit.model_copy(update={"volumes": 40})})
+    return study.model_copy(
+        update={
+            "course": course.model_copy(update={"every_rounds": 1, "volumes": 16, "training_steps": 2}),
+            "training": study.training.model_copy(update={"latent_size": 32}),  # 23 numbers are the lesion's
+            "audit": study.audit.model_copy(update={"volumes": 40}),
+            "release": study.release.model_copy(update={"volumes": 16}),
+        }
+    )
 
 
 def _at(study: Study, epsilon: float | None) -> Study:
