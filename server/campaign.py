@@ -324,7 +324,7 @@ def _chosen(campaign: Campaign, course: CourseStage, last: Checkpoint, trained: 
     with campaign.stage("course") as ended:
         at, chosen = course.choose(last)
         seconds, share = course.share_of_time()
-        how = "chosen" if chosen.row is not None else "kept, because the rule allows no point,"
+        how = "chosen" if chosen.row is not None else "kept, because the rule allows no point"
         ended(f"round {at.record.round} {how}; points took {seconds:.1f} s, {share:.1%} of the time with training")
     measured = read_course(campaign.run)
     return replace(trained, generator=at.average, chosen_round=at.record.round, course=measured, chosen=chosen)
