@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from common.measure.course import CoursePoint, pareto_front
+from common.measure.intervals import Interval
 from server.audit.drawing import LIMIT, MEMBER, MUTED, NONMEMBER, PLANTED, Drawn, Panel, draw
 from server.course import Chosen, Course
 
@@ -35,7 +36,7 @@ def in_words(course: Course, chosen: Chosen) -> str:
     label = f"{EXACT_LABEL}. " if course.exact else ""
     picked = "No round is chosen" if chosen.row is None else f"Round {chosen.row.round} is chosen"
     return (
-        f"{label}{len(course.points)} points with utility, upper limits of attacks and epsilon by round. {picked}. "
+        f"{label}{len(course.points)} points with utility, attacks and epsilon by round. {picked}. "
         f"No other round beats {front or 'any'} in all three."
     )
 
@@ -52,20 +53,29 @@ def _draw_utility(axes: Axes, points: Sequence[CoursePoint], chosen: int | None)
 
 
 def _draw_attacks(axes: Axes, points: Sequence[CoursePoint], chosen: Chosen) -> None:
-    axes.set_title("AUC, upper limits")
+    axes.set_title("Attacks, AUC")
     rounds = [p.round for p in points]
-    axes.plot(
-        rounds, [p.generator_attack.high for p in points], color=MEMBER, marker="o", markersize=3, label="generator"
-    )
-    critic = [(p.round, p.critic_attack.high) for p in points if p.critic_attack is not None]
+    _band(axes, rounds, [p.generator_attack for p in points], colour=MEMBER, marker="o", label="generator")
+    critic = [(p.round, p.critic_attack) for p in points if p.critic_attack is not None]
     if critic:
-        axes.plot(*zip(*critic, strict=True), color=NONMEMBER, marker="s", markersize=3, linestyle="--", label="critic")
+        _band(axes, *map(list, zip(*critic, strict=True)), colour=NONMEMBER, marker="s", label="critic")
     if chosen.rule.max_auc < 1:
         axes.axhline(chosen.rule.max_auc, color=LIMIT, linewidth=1.2, linestyle=(0, (4, 3)), label="limit")
     axes.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
-    axes.set_ylim(0.4, 1.05)
+    axes.set_ylim(0, 1.03)
     axes.legend(loc="best")
     _round_axis(axes, rounds)
+
+
+def _band(axes: Axes, rounds: list[int], found: list[Interval], *, colour: str, marker: str, label: str) -> None:
+    """Estimates in their intervals, cut to what an AUC can be."""
+    low, high = [max(i.low, 0.0) for i in found], [_shown(i.high) for i in found]
+    axes.fill_between(rounds, low, high, color=colour, alpha=0.14)
+    axes.plot(rounds, [_shown(i.estimate) for i in found], color=colour, marker=marker, markersize=3, label=label)
+
+
+def _shown(auc: float) -> float:
+    return min(auc, 1.0)
 
 
 def _draw_epsilon(axes: Axes, points: Sequence[CoursePoint], chosen: Chosen) -> None:
@@ -88,15 +98,15 @@ def _draw_front(axes: Axes, points: Sequence[CoursePoint], chosen: int | None) -
         some = [p for i, p in enumerate(points) if (i in front) == on_front]
         if some:
             axes.scatter(
-                [p.generator_attack.high for p in some], [p.utility.estimate for p in some],
+                [_shown(p.generator_attack.high) for p in some], [p.utility.estimate for p in some],
                 color=colour, marker=marker, s=22, label=label,
             )  # fmt: skip
     for p in points:
         axes.annotate(
-            str(p.round), (p.generator_attack.high, p.utility.estimate), xytext=(4, 3), textcoords="offset points",
-            fontsize=7.5,
+            str(p.round), (_shown(p.generator_attack.high), p.utility.estimate),
+            xytext=(4, 3), textcoords="offset points", fontsize=7.5,
         )  # fmt: skip
-    _ring(axes, [(p.generator_attack.high, p.utility.estimate) for p in points if p.round == chosen])
+    _ring(axes, [(_shown(p.generator_attack.high), p.utility.estimate) for p in points if p.round == chosen])
     axes.set_xlabel("AUC, upper limit")
     axes.set_ylabel("Dice")
     axes.legend(loc="best")
