@@ -25,6 +25,8 @@ from server.simulated_sites import Cohorts
 from tests.mask_copies import nearest_dice
 from tests.tiny_studies import tiny_study
 
+pytestmark = pytest.mark.slow
+
 STUDY = tiny_study(
     family="trgan",
     modality="pet",
