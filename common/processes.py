@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -115,8 +115,7 @@ def left_of(leader: Seen) -> frozenset[Seen]:
     now = seen(leader.pid)
     if not _PROC.is_dir() or (now is not None and now != leader) or not leader.began.startswith(_boot()):
         return frozenset()
-    rows = (_parsed(int(entry.name)) for entry in _PROC.iterdir() if entry.name.isdigit())
-    return frozenset(row.process for row in rows if row.process is not None and row.session == leader.pid)
+    return frozenset(row.process for row in _rows() if row.process is not None and row.session == leader.pid)
 
 
 def stop_process(process: subprocess.Popen[bytes], *, and_those: Iterable[Seen] = (), wait_s: float = STOP_S) -> None:
@@ -343,11 +342,15 @@ def _parsed(pid: int) -> _Row:
     return _Row(None if state in "ZX" else Seen(pid, f"{_boot()} {ticks}"), parent, session)
 
 
+def _rows() -> Iterator[_Row]:
+    """Read every process from /proc."""
+    return (_parsed(int(entry.name)) for entry in _PROC.iterdir() if entry.name.isdigit())
+
+
 def _table() -> dict[Seen, int]:
     """Return every process with the id of its parent. From /proc; on other systems from the program ps."""
     if _PROC.is_dir():
-        rows = (_parsed(int(entry.name)) for entry in _PROC.iterdir() if entry.name.isdigit())
-        return {row.process: row.parent for row in rows if row.process is not None}
+        return {row.process: row.parent for row in _rows() if row.process is not None}
     ps = shutil.which("ps")
     if ps is None:
         return {}

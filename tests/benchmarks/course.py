@@ -4,12 +4,13 @@ Three hospitals hold the open FDG-PET of soft-tissue sarcomas, each the patients
 patients where the scans are absent. `consilium simulate` runs the research study `pet-trgan-research`, whose course
 answers exactly, once without noise and once with a patient-level epsilon of 8, from every seed:
 
-- `critic_auc`: of each hospital's own critic, members against held-out patients; pooled over hospitals by patients.
-  `critic_auc_control`: the same score between halves of the members, where there is nothing to find. No critic leaves.
-- `generator_auc`, `generator_auc_control`: near copies and nearest volume from the generator that would leave.
+- `critic_auc_nonprivate`, `critic_auc_eps8`: of each hospital's own critic, members against held-out patients; pooled
+  over hospitals by patients. `critic_auc_control_...`: the same score between halves of the members, where there is
+  nothing to find. No critic leaves.
+- `generator_auc_...`, `generator_auc_control_...`: near copies and nearest volume from the generator that would leave.
 - `dice`: of a segmenter on held-out real patients; trained on the last round's volumes (`consilium`), on the members of
   all hospitals together (`train-on-real`, which no hospital could do), on phantoms alone (`train-on-phantom`), or on
-  volumes of the public start. Equal steps, equal augmentation. `dice_ratio`: beside `train-on-real`, paired.
+  volumes of the public start. Equal steps, equal augmentation. `dice_ratio_to_real`: beside `train-on-real`, paired.
 - `course_share`: what the points add to the wall time of the rest of the campaign, audit and utility included.
 
 Attacks: value and interval are means over seeds of the campaign's own estimates; a patient is in every seed, so the
@@ -107,6 +108,7 @@ def run(options: Options) -> list[Row]:
         for epsilon in EPSILONS
         for row in _rows(
             f"{whose}, {shape}, {SITES} sites, {'no DP' if epsilon is None else f'epsilon {epsilon:g}'}",
+            "nonprivate" if epsilon is None else f"eps{epsilon:g}",
             [found[epsilon, seed] for seed in range(options.seeds)],
         )
     ]
@@ -189,14 +191,14 @@ def _dice(job: Job, finished: RunFolder) -> dict[str, Dice]:
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
-def _rows(case: str, seeds: Sequence[Found]) -> list[Row]:
-    """All of one epsilon."""
+def _rows(case: str, privacy: str, seeds: Sequence[Found]) -> list[Row]:
+    """All of one epsilon. privacy: as it ends the names of the attacks' metrics."""
     bare = Row(case=case, method=OURS, metric="", value=0.0, low=None, high=None, unit="auc", n=0)
     attacks: Mapping[str, Callable[[CourseRow], Interval | None]] = {
-        "critic_auc": lambda row: row.point.critic_attack if row.point else None,
-        "critic_auc_control": lambda row: row.critic_control,
-        "generator_auc": lambda row: row.point.generator_attack if row.point and row.attacked else None,
-        "generator_auc_control": lambda row: row.generator_control,
+        f"critic_auc_{privacy}": lambda row: row.point.critic_attack if row.point else None,
+        f"critic_auc_control_{privacy}": lambda row: row.critic_control,
+        f"generator_auc_{privacy}": lambda row: row.point.generator_attack if row.point and row.attacked else None,
+        f"generator_auc_control_{privacy}": lambda row: row.generator_control,
     }
     rows = []
     for metric, of in attacks.items():
@@ -213,7 +215,7 @@ def _rows(case: str, seeds: Sequence[Found]) -> list[Row]:
     real = curves[REAL]
     for method in (OURS, PHANTOM, START):
         low, high = bounds(curves[method].spread(draws) / real.spread(draws))
-        ratio = replace(dice, method=method, metric="dice_ratio", unit="ratio", low=low, high=high)
+        ratio = replace(dice, method=method, metric="dice_ratio_to_real", unit="ratio", low=low, high=high)
         rows.append(replace(ratio, value=curves[method].mean / real.mean))
     shares = [found.share for found in seeds]
     share = replace(bare, metric="course_share", value=fmean(shares), low=min(shares), high=max(shares))

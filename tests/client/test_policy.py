@@ -65,6 +65,8 @@ def ask(
 def test_order_within_the_policy_is_allowed():
     for order in (enrol_order(), train_order(), utility_order(), statement_order()):
         ask(order)
+        with pytest.raises(PolicyRefusal):
+            ask(order, allowed=policy(orders=()))
 
 
 def test_empty_policy_allows_nothing():
@@ -161,6 +163,8 @@ def test_a_seeded_site_answers_no_order_where_the_policy_allows_no_simulation(ki
 
 def test_real_randomness_needs_no_permission():
     ask(allowed=policy(simulation=False), simulated=False)
+    with pytest.raises(PolicyRefusal, match="randomness is seeded"):
+        ask(allowed=policy(simulation=False), simulated=True)
 
 
 @pytest.mark.parametrize(

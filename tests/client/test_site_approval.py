@@ -312,6 +312,10 @@ def test_the_installed_code_and_the_federations_own_key_and_app_are_accepted_by_
         site, tmp_path, capsys,
         "--coordinator-key", key.upper(), "--app-digest", app_digest(), "--code-digest", code_digest(),
     )  # fmt: skip
+    policy = allowed(site)
+    assert [entry.coordinator_key for entry in policy.studies] == [key]
+    assert policy.app_digests == (app_digest(),)
+    assert policy.code_digests == (code_digest(),)
 
 
 def test_a_site_that_joined_nothing_needs_the_coordinators_key(tmp_path, capsys):

@@ -215,4 +215,6 @@ def test_a_damaged_record_is_no_obstacle(tmp_path: Path) -> None:
     record = tmp_path / "pids.json"
     for text in ("", "[]", '{"one": 3}', '{"one": [[1]]}', "no json"):
         record.write_text(text)
+        assert recorded_pids(record) == {}
         Supervisor([], record=record).stop()
+        assert not record.exists()
