@@ -3,7 +3,7 @@
 Two phases. (1) Every phantom gets a code, its principal component scores, which have zero mean and unit variance
 like the latents the generator will be fed; the generator learns to decode them. Where it paints on masks of a fixed
 law, it is shown the phantom's own, which is nobody's, and the code says only what the mask does not: how hot the lesion
-is, and how everything around it looks. (2) The critic learns to tell
+is and how unevenly, and how everything around it looks. (2) The critic learns to tell
 phantoms from generated volumes while the generator answers, in the game the sites will play.
 
 `reconstruct` and `play` take their pairs from anywhere public: `server.distillation` gives them volumes of the sites'
@@ -19,6 +19,7 @@ from typing import assert_never
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import norm, rankdata
 from torch import Tensor
 
 from common.adversary.critic import Critic, build_critic
@@ -28,6 +29,7 @@ from common.adversary.optimisers import critic_optimiser, generator_optimiser
 from common.adversary.steps import generator_step
 from common.generator.network import PairGenerator, StudyGenerator, build_generator, weights_of
 from common.generator.transversal import TransversalGenerator, code_size
+from common.generator.uptake import UptakeWaves, uptake_numbers
 from common.generator.weights import Weights
 from common.phantom.draw import public_phantoms
 from common.settings.study import Family, Study
@@ -116,8 +118,9 @@ def phantom_codes(phantoms: NDArray[np.float16], study: Study) -> NDArray[np.flo
 def image_codes(phantoms: NDArray[np.float16], size: int) -> NDArray[np.float32]:
     """(n, size): how an image looks when its mask is known, zero mean and unit variance each.
 
-    First the lesion's mean and standard deviation, then principal component scores of what is not lesion, in
-    which the lesion's voxels hold the mean of the others. phantoms: (n, 2, D, H, W).
+    First the lesion's mean and standard deviation and the numbers of the waves in and around it; each is turned into
+    the normal number of its rank, because a heavy tail would lie where no latent is drawn. Then principal component
+    scores of what is not lesion, in which the lesion's voxels hold the mean of the others. phantoms: (n, 2, D, H, W).
     """
     images, masks = phantoms[:, 0].astype(np.float32), phantoms[:, 1].astype(np.float32)
     space = (1, 2, 3)
@@ -126,9 +129,18 @@ def image_codes(phantoms: NDArray[np.float16], size: int) -> NDArray[np.float32]
     deviation = np.sqrt(((images - mean[:, None, None, None]) ** 2 * masks).sum(axis=space) / inside)
     outside = ((1 - masks) * images).sum(axis=space) / np.maximum((1 - masks).sum(axis=space), 1e-3)
     around = images * (1 - masks) + outside[:, None, None, None] * masks
-    heat = np.stack([mean, deviation], axis=1)
-    heat = (heat - heat.mean(axis=0)) / np.maximum(heat.std(axis=0), 1e-6)
-    return np.concatenate([heat, principal_codes(around[:, None], size - 2)], axis=1).astype(np.float32)
+    waves = UptakeWaves.of(size)
+    shares = torch.from_numpy((images[:, None] + 1) / 2)
+    uptake = uptake_numbers(shares, torch.from_numpy(masks[:, None]), waves).numpy()
+    seen = normal_scores(np.concatenate([np.stack([mean, deviation], axis=1), uptake], axis=1))
+    return np.concatenate([seen, principal_codes(around[:, None], size - seen.shape[1])], axis=1)
+
+
+def normal_scores(values: NDArray[np.floating]) -> NDArray[np.float32]:
+    """(n, C): the normal quantile of each number's rank in its column; rounding is no order.  [van der Waerden 1952]"""
+    ranks = rankdata(values.round(4), axis=0)  # equal numbers share the mean of their ranks
+    scores: NDArray[np.float32] = norm.ppf((ranks - 0.5) / len(values)).astype(np.float32)
+    return scores
 
 
 def _decoded(generator: StudyGenerator, code: Tensor, masks: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from common.measure.fidelity.distances import FEWEST
+from common.measure.fidelity.diversity import FEWEST_ALIKE
 from common.measure.fidelity.encoder import Encoder, study_encoder
 from common.measure.fidelity.fidelity import Fidelity, measure_fidelity
 from common.protocol.messages import RELEASE_GRID, FidelityAnswer, FidelityMeasure
@@ -27,16 +27,17 @@ def fidelity_of(
 ) -> tuple[FidelityAnswer, ...]:
     """real: pairs (1+K, D, H, W), one of each member; synthetic: (N, 1+K, D, H, W). Every measure in its order.
 
-    Equally many of both, because most distances of finite sets depend on their size. None where these are too few.
+    Equally many of both, because most distances of finite sets depend on their size. None where these are too few: a
+    feature net's distances need more scans than the others.
     """
     count = min(len(real), len(synthetic))
     values: dict[FidelityMeasure, float | None] = {}
-    if count >= FEWEST:
+    if count >= FEWEST_ALIKE:
         values = _flat(
             measure_fidelity(
                 np.stack(real[:count]).astype(np.float32),
                 synthetic[:count],
-                encoder=encoder(study),
+                encoder=lambda: encoder(study),
                 spacing_mm=study.grid.spacing_mm,
             )
         )
@@ -44,13 +45,13 @@ def fidelity_of(
 
 
 def _flat(fidelity: Fidelity) -> dict[FidelityMeasure, float | None]:
-    radiomics = fidelity.radiomics
+    features, radiomics = fidelity.features, fidelity.radiomics
     distances = [test.distance for test in radiomics.tests if test.distance is not None]
     return {
-        FidelityMeasure.FRECHET: fidelity.frechet,
-        FidelityMeasure.KERNEL: fidelity.kid.estimate,
-        FidelityMeasure.RECALL: fidelity.f8,
-        FidelityMeasure.PRECISION: fidelity.f_eighth,
+        FidelityMeasure.FRECHET: features.frechet if features else None,
+        FidelityMeasure.KERNEL: features.kid.estimate if features else None,
+        FidelityMeasure.RECALL: features.f8 if features else None,
+        FidelityMeasure.PRECISION: features.f_eighth if features else None,
         FidelityMeasure.SIMILARITY_REAL: fidelity.similarity_real.estimate,
         FidelityMeasure.SIMILARITY_SYNTHETIC: fidelity.similarity_synthetic.estimate,
         FidelityMeasure.INTENSITY: max((d for d in fidelity.intensity if d is not None), default=None),

@@ -1,15 +1,16 @@
 """The generator of the `trgan` family: slices of an image, painted on a procedural lesion.  [Bergen et al. 2023]
 
 A one-dimensional network writes a code for each slice, a two-dimensional one paints every slice from its own code and
-from what the mask looks like there. The slices are axial: they lie along the last axis of the study's grid, which runs
-from inferior to superior.
+from what the lesion looks like there: its mask, and how unevenly it and its surroundings take up the tracer, see
+`common.generator.uptake`. The slices are axial: they lie along the last axis of the study's grid, which runs from
+inferior to superior.
 
 No mask can be given to this generator from outside: the last FORM_SIZE numbers of its latent are the lesion, through
 the public law of `common.generator.lesions`. So a site's training step can only feed it latents, it stays a function
 of noise and of the noised critic, and the mask that comes out is the very one that the image was painted on.
 
-All convolutions over slices are 3-D with a kernel one voxel thick along the slices, which is the same as a 2-D
-one for each of them.
+Convolutions that paint are 3-D with a kernel one voxel thick along the slices, which is the same as a 2-D one for each
+of them; the platform's last one looks at the neighbours too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.generator.lesions import FORM_SIZE, lesion_occupancy
+from common.generator.uptake import HEAT_SIZE, UptakeWaves, uptake_fields
 from common.volume.volume import Grid
 
 
@@ -63,10 +65,11 @@ def code_size(latent_size: int) -> int:
 
 
 class SlicePainter(nn.Module):
-    """The platform's painter: small, group normalisation, and the mask seen at every resolution.
+    """The platform's painter: small, group normalisation, and the lesion seen at every resolution.
 
     Group normalisation has no running state and looks at one volume, so the mean of two sites' weights is a painter,
-    and a volume depends on its own latent only. In-plane sizes are multiples of 8.
+    and a volume depends on its own latent only. A code begins with the lesion's heat, which the painter learns the
+    meaning of, and the numbers of its waves. In-plane sizes are multiples of 8.
     """
 
     def __init__(self, *, shape: Sequence[int], code_size: int, width: int) -> None:
@@ -76,15 +79,17 @@ class SlicePainter(nn.Module):
         self.width = width
         self.slice_codes = SliceCodes(slices=slices, code_size=code_size, widths=(width,) * 6)
         self.stem = nn.Linear(code_size + width, width * self.start[0] * self.start[1])
-        seen = (max(1, width // 16), width // 8, width // 8)  # channels of the mask at 1/2, 1/4 and 1/8 in-plane
+        self.waves = UptakeWaves.of(code_size)
+        lesion = 3  # channels: mask, and uptake in it and around it
+        seen = (max(lesion, width // 16), width // 8, width // 8)  # at 1/2, 1/4 and 1/8 in-plane
         self.looks = nn.ModuleList(
-            nn.Conv3d(a, b, (4, 4, 3), stride=(2, 2, 1), padding=1) for a, b in itertools.pairwise((1, *seen))
+            nn.Conv3d(a, b, (4, 4, 3), stride=(2, 2, 1), padding=1) for a, b in itertools.pairwise((lesion, *seen))
         )
         painted = (width, width // 4, width // 8, width // 8)
         self.stages = nn.ModuleList(
-            _SliceStage(a + look, b) for (a, b), look in zip(itertools.pairwise(painted), reversed(seen), strict=True)
+            _SmoothStage(a + look, b) for (a, b), look in zip(itertools.pairwise(painted), reversed(seen), strict=True)
         )
-        self.finish = nn.Conv3d(painted[-1] + 1, 1, (3, 3, 1), padding=(1, 1, 0))
+        self.finish = nn.Conv3d(painted[-1] + lesion, 1, 3, padding=1, padding_mode="replicate")
         self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # missing in torch's stubs
 
     def forward(self, code: Tensor, masks: Tensor) -> Tensor:
@@ -92,12 +97,14 @@ class SlicePainter(nn.Module):
         codes = self.slice_codes(code)  # (N, width, W)
         each = torch.cat([code[:, :, None].expand(-1, -1, codes.shape[2]), codes], dim=1).transpose(1, 2)
         x = self.stem(each).unflatten(2, (self.width, *self.start)).permute(0, 2, 3, 4, 1)  # (N, width, D/8, H/8, W)
-        looked = [masks]
+        numbers = code[:, HEAT_SIZE : HEAT_SIZE + self.waves.count]
+        lesion = torch.cat([masks, uptake_fields(numbers, masks, self.waves)], dim=1)
+        looked = [lesion]
         for look in self.looks:
             looked.append(F.leaky_relu(look(looked[-1]), 0.2))
         for stage, seen in zip(self.stages, reversed(looked[1:]), strict=True):
             x = stage(torch.cat([x, seen], dim=1).contiguous(memory_format=torch.channels_last_3d))
-        image: Tensor = self.finish(torch.cat([x, masks], dim=1)).tanh()
+        image: Tensor = self.finish(torch.cat([x, lesion], dim=1)).tanh()
         return image
 
 
@@ -133,8 +140,25 @@ class SliceCodes(nn.Module):
         return x.tanh()
 
 
+class _SmoothStage(nn.Module):
+    """Twice the in-plane resolution of every slice, first interpolated and then convolved.  [Odena et al. 2016]
+
+    Transposed convolutions left a chequered pattern, and zeros beyond the border a frame.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv3d(channels_in, channels_out, (3, 3, 1), padding=(1, 1, 0), padding_mode="replicate")
+        self.norm = _group_norm(channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, Cin, d, h, W) -> (N, Cout, 2d, 2h, W)."""
+        wide = F.interpolate(x, scale_factor=(2.0, 2.0, 1.0), mode="trilinear")
+        return F.leaky_relu(self.norm(self.convolution(wide)), 0.2)
+
+
 class _SliceStage(nn.Module):
-    """Twice the in-plane resolution of every slice."""
+    """Twice the in-plane resolution of every slice, by the published transposed convolution."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from common.generator.network import generator_from
@@ -10,7 +11,7 @@ from common.generator.transversal import TransversalGenerator
 from common.phantom.draw import public_phantoms
 from common.settings.study import Study
 from common.telemetry.events import ignore
-from server.pretrain import image_codes, phantom_codes, principal_codes, reconstruction_loss, warm_start
+from server.pretrain import image_codes, normal_scores, phantom_codes, principal_codes, reconstruction_loss, warm_start
 from tests.tiny_studies import tiny_study
 
 
@@ -93,7 +94,7 @@ def test_twenty_steps_of_painting_on_phantoms_masks_lower_the_loss() -> None:
 
 
 def test_image_codes_say_how_hot_a_lesion_is_and_nothing_of_where() -> None:
-    """The first code orders lesions by their mean; a lesion of the others' grey value is moved without any change."""
+    """The first code orders lesions by their mean; at one place another heat changes no other code."""
     pairs = np.zeros((6, 2, 8, 8, 8), dtype=np.float16)
     pairs[:, 0] = np.linspace(-0.5, 0.5, 8)[:, None, None]
     for number, pair in enumerate(pairs):
@@ -102,4 +103,12 @@ def test_image_codes_say_how_hot_a_lesion_is_and_nothing_of_where() -> None:
     codes = image_codes(pairs, 5)
     assert codes.shape == (6, 5)
     assert np.argsort(codes[:, 0]).tolist() == list(range(6))
-    assert np.allclose(codes[0, 2:], codes[4, 2:], atol=1e-3)  # the same place, another heat
+    assert np.allclose(codes[0, 2:], codes[4, 2:], atol=1e-3)
+
+
+def test_normal_scores_keep_the_order_and_give_equal_numbers_one_score() -> None:
+    values = np.array([[1e6, 0.0], [3.0, 0.0], [-2.0, 1e-9], [5.0, 7.0]])
+    scores = normal_scores(values)
+    assert np.argsort(scores[:, 0]).tolist() == [2, 1, 3, 0]
+    assert scores[0, 0] == pytest.approx(-scores[2, 0], abs=1e-6)  # however heavy the tail
+    assert scores[0, 1] == scores[1, 1] == scores[2, 1] < scores[3, 1]

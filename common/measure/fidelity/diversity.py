@@ -20,6 +20,7 @@ _RANGE = 2.0  # grey values lie in [-1, 1]
 _C1, _C2 = (0.01 * _RANGE) ** 2, (0.03 * _RANGE) ** 2
 _RADIUS, _SIGMA = 2, 1.0  # voxels; the photographs' 11 and 1.5 would leave one scale of a grid of 24
 _PARTNERS = 4  # of each scan on either side
+FEWEST_ALIKE = 3  # scans of a set: with two there is one pair, and no spread
 _BATCH = 16  # pairs at once: bounds memory, changes no result
 
 
@@ -47,11 +48,11 @@ def mean_similarity(images: NDArray[np.floating], confidence: float = 0.95) -> I
 
     Each scan meets eight others, or all where there are fewer. The interval is the delete-one jackknife's over
     scans, not over pairs, because a scan is in many; its variance errs upwards [Efron and Stein 1981].
-    Raises ValueError for fewer than three scans.
+    Raises ValueError for fewer than FEWEST_ALIKE scans.
     """
     n = len(images)
-    if n < 3:
-        raise ValueError(f"similarity among pairs needs at least three scans, got {n}")
+    if n < FEWEST_ALIKE:
+        raise ValueError(f"similarity among pairs needs at least {FEWEST_ALIKE} scans, got {n}")
     ordered = images[content_order(images)]
     first, second = _partners(n)
     values = ms_ssim(ordered[first], ordered[second])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.measure.fidelity.comparison import FeatureComparison, compare_features
-from common.measure.fidelity.distances import frechet_distance, kernel_distance
+from common.measure.fidelity.distances import FEWEST, frechet_distance, kernel_distance
 from common.measure.fidelity.diversity import difference, mean_similarity
 from common.measure.fidelity.encoder import Encoder
 from common.measure.fidelity.grey_values import intensity_distances, spectrum_distance_db
@@ -18,27 +19,36 @@ from common.measure.intervals import Interval
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeatureDistances:
+    """How far the features of two sets lie apart, on one feature net; values of two nets cannot be compared.
+
+    f8: recall, f_eighth: precision, of PRD.
+    """
+
+    net: str
+    net_digest: str
+    frechet: float
+    kid: Interval
+    f8: float
+    f_eighth: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fidelity:
     """How like the real scans the synthetic ones are.
 
-    feature_net, feature_net_digest: what Frechet distance, KID and PRD were computed on; values of two nets cannot be
-    compared. real, synthetic: scans. similarity_*: mean MS-SSIM among pairs of one set; their difference is above
-    zero where synthetic scans repeat one another. f8: recall, f_eighth: precision, of PRD. intensity: 1-Wasserstein
-    distance of grey values, at most 2, background first, None where a set lacks the tissue. radiomics: over
-    all labels together.
+    real, synthetic: scans. features: None where a set has fewer than `distances.FEWEST` scans. similarity_*: mean
+    MS-SSIM among pairs of one set; their difference is above zero where synthetic scans repeat one another. intensity:
+    1-Wasserstein distance of grey values, at most 2, background first, None where a set lacks the tissue. radiomics:
+    over all labels together.
     """
 
-    feature_net: str
-    feature_net_digest: str
     real: int
     synthetic: int
-    frechet: float
-    kid: Interval
+    features: FeatureDistances | None
     similarity_real: Interval
     similarity_synthetic: Interval
     similarity_difference: Interval
-    f8: float
-    f_eighth: float
     intensity: tuple[float | None, ...]
     spectrum_db: float
     radiomics: FeatureComparison
@@ -48,35 +58,45 @@ def measure_fidelity(
     real: NDArray[np.floating],
     synthetic: NDArray[np.floating],
     *,
-    encoder: Encoder,
+    encoder: Callable[[], Encoder],
     spacing_mm: tuple[float, float, float],
     confidence: float = 0.95,
 ) -> Fidelity:
     """Of pairs (N, 1+K, D, H, W), (M, 1+K, D, H, W), images in [-1, 1]; the order of scans does not matter.
 
+    encoder: gives the feature net, and is not asked where the sets are too small for one.
     It looks at single real scans: in a real study the real side must be public, or the answer paid for.
-    Raises ValueError for fewer than eight scans on a side, or other shapes than the encoder's.
+    Raises ValueError for fewer than `diversity.FEWEST_ALIKE` scans on a side, or other shapes than the encoder's.
     """
     if real.shape[1:] != synthetic.shape[1:]:
         raise ValueError(f"real and synthetic pairs have different shapes: {real.shape[1:]}, {synthetic.shape[1:]}")
-    a, b = encoder(real), encoder(synthetic)
-    prd = precision_recall(a, b)
     alike_real, alike_synthetic = (mean_similarity(x[:, 0], confidence) for x in (real, synthetic))
+    enough = min(len(real), len(synthetic)) >= FEWEST
     return Fidelity(
-        feature_net=encoder.name,
-        feature_net_digest=encoder.digest,
         real=len(real),
         synthetic=len(synthetic),
-        frechet=frechet_distance(a, b),
-        kid=kernel_distance(a, b, confidence),
+        features=_feature_distances(real, synthetic, encoder(), confidence) if enough else None,
         similarity_real=alike_real,
         similarity_synthetic=alike_synthetic,
         similarity_difference=difference(alike_synthetic, alike_real),
-        f8=prd.f8,
-        f_eighth=prd.f_eighth,
         intensity=intensity_distances(real, synthetic),
         spectrum_db=spectrum_distance_db(real[:, 0], synthetic[:, 0], spacing_mm),
         radiomics=compare_features(_radiomics(real, spacing_mm), _radiomics(synthetic, spacing_mm), FEATURES),
+    )
+
+
+def _feature_distances(
+    real: NDArray[np.floating], synthetic: NDArray[np.floating], encoder: Encoder, confidence: float
+) -> FeatureDistances:
+    a, b = encoder(real), encoder(synthetic)
+    prd = precision_recall(a, b)
+    return FeatureDistances(
+        net=encoder.name,
+        net_digest=encoder.digest,
+        frechet=frechet_distance(a, b),
+        kid=kernel_distance(a, b, confidence),
+        f8=prd.f8,
+        f_eighth=prd.f_eighth,
     )
 
 
