@@ -29,7 +29,7 @@ from common.adversary.optimisers import critic_optimiser, generator_optimiser
 from common.adversary.steps import generator_step
 from common.generator.network import PairGenerator, StudyGenerator, build_generator, weights_of
 from common.generator.transversal import TransversalGenerator, code_size
-from common.generator.uptake import UptakeWaves, uptake_numbers
+from common.generator.uptake import HEAT_SIZE, SPOT_SIZE, UptakeCode, warm_spots, wave_numbers
 from common.generator.weights import Weights
 from common.phantom.draw import public_phantoms
 from common.settings.study import Family, Study
@@ -54,19 +54,19 @@ class WarmStart:
 
 def warm_start(study: Study, seed: int, observer: Observer, device: str = "cpu") -> WarmStart:
     """Train generator and critic on the study's phantoms. The same seed gives the same weights."""
-    phantoms = public_phantoms(study, seed, study.warm_start.volumes)
+    lesson = phantom_lesson(public_phantoms(study, seed, study.warm_start.volumes), study, seed)
     generator, critic = build_generator(study, seed).to(device), build_critic(study, seed).to(device)
     rng = torch.Generator().manual_seed(seed)
     total = study.warm_start.steps
     game_steps = round(GAME_SHARE * total)
     steps = total - game_steps
     if steps:
-        codes = torch.from_numpy(phantom_codes(phantoms, study))
+        codes = torch.from_numpy(lesson.codes)
         reconstruct(
             study,
             generator=generator,
             output=lambda chosen, pairs: _decoded(generator, _blurred(codes[chosen], rng).to(device), pairs[:, 1:]),
-            pairs=phantoms,
+            pairs=lesson.pairs,
             steps=steps,
             learning_rate=DECODER_LEARNING_RATE,
             rng=rng,
@@ -77,7 +77,7 @@ def warm_start(study: Study, seed: int, observer: Observer, device: str = "cpu")
             study,
             generator=generator,
             critic=critic,
-            pairs=phantoms,
+            pairs=lesson.pairs,
             steps=game_steps,
             rng=rng,
             done=lambda step: observer(Progress(task=TASK, done=steps + step, total=total)),
@@ -104,13 +104,30 @@ def principal_codes(phantoms: NDArray[np.floating], size: int) -> NDArray[np.flo
     return codes
 
 
-def phantom_codes(phantoms: NDArray[np.float16], study: Study) -> NDArray[np.float32]:
-    """(n, C): what phase (1) decodes each phantom from; C is what the family's generator takes beside a mask."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lesson:
+    """What phase (1) teaches: pairs (n, 1+K, D, H, W), and codes (n, C) of what the generator takes beside a mask."""
+
+    pairs: NDArray[np.float16]
+    codes: NDArray[np.float32]
+
+
+def phantom_lesson(phantoms: NDArray[np.float16], study: Study, seed: int) -> Lesson:
+    """Codes of phantoms. Where the generator paints on masks, warm spots whose numbers are known are put into them.
+
+    seed: of the spots. Spots cannot be found again in an image, as waves can.
+    """
     match study.family:
         case Family.WGAN:
-            return principal_codes(phantoms, study.training.latent_size)
+            return Lesson(pairs=phantoms, codes=principal_codes(phantoms, study.training.latent_size))
         case Family.TRGAN:
-            return image_codes(phantoms, code_size(study.training.latent_size))
+            size = code_size(study.training.latent_size)
+            codes = image_codes(phantoms, size)
+            spots = torch.from_numpy(codes[:, _spots(size)])
+            spots.normal_(generator=torch.Generator().manual_seed(seed))
+            pairs = torch.from_numpy(phantoms.astype(np.float32))
+            pairs[:, :1] = torch.maximum(pairs[:, :1], 2 * warm_spots(spots, pairs[:, 1:]) - 1)
+            return Lesson(pairs=pairs.numpy().astype(np.float16), codes=codes)
         case _:
             assert_never(study.family)
 
@@ -119,8 +136,9 @@ def image_codes(phantoms: NDArray[np.float16], size: int) -> NDArray[np.float32]
     """(n, size): how an image looks when its mask is known, zero mean and unit variance each.
 
     First the lesion's mean and standard deviation and the numbers of the waves in and around it; each is turned into
-    the normal number of its rank, because a heavy tail would lie where no latent is drawn. Then principal component
-    scores of what is not lesion, in which the lesion's voxels hold the mean of the others. phantoms: (n, 2, D, H, W).
+    the normal number of its rank, because a heavy tail would lie where no latent is drawn. Then zeros for warm spots,
+    and principal component scores of what is not lesion, in which the lesion's voxels hold the mean of the others.
+    phantoms: (n, 2, D, H, W).
     """
     images, masks = phantoms[:, 0].astype(np.float32), phantoms[:, 1].astype(np.float32)
     space = (1, 2, 3)
@@ -129,11 +147,20 @@ def image_codes(phantoms: NDArray[np.float16], size: int) -> NDArray[np.float32]
     deviation = np.sqrt(((images - mean[:, None, None, None]) ** 2 * masks).sum(axis=space) / inside)
     outside = ((1 - masks) * images).sum(axis=space) / np.maximum((1 - masks).sum(axis=space), 1e-3)
     around = images * (1 - masks) + outside[:, None, None, None] * masks
-    waves = UptakeWaves.of(size)
     shares = torch.from_numpy((images[:, None] + 1) / 2)
-    uptake = uptake_numbers(shares, torch.from_numpy(masks[:, None]), waves).numpy()
-    seen = normal_scores(np.concatenate([np.stack([mean, deviation], axis=1), uptake], axis=1))
-    return np.concatenate([seen, principal_codes(around[:, None], size - seen.shape[1])], axis=1)
+    waves = wave_numbers(shares, torch.from_numpy(masks[:, None]), UptakeCode.of(size)).numpy()
+    codes = np.zeros((len(phantoms), size), dtype=np.float32)
+    spots = _spots(size)
+    codes[:, : spots.start] = normal_scores(np.concatenate([np.stack([mean, deviation], axis=1), waves], axis=1))
+    codes[:, spots.stop :] = principal_codes(around[:, None], size - spots.stop)
+    return codes
+
+
+def _spots(size: int) -> slice:
+    """Where the numbers of warm spots lie in a code of `size`."""
+    code = UptakeCode.of(size)
+    first = HEAT_SIZE + code.waves
+    return slice(first, first + SPOT_SIZE * code.spots)
 
 
 def normal_scores(values: NDArray[np.floating]) -> NDArray[np.float32]:

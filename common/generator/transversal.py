@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.generator.lesions import FORM_SIZE, lesion_occupancy
-from common.generator.uptake import HEAT_SIZE, UptakeWaves, uptake_fields
+from common.generator.uptake import HEAT_SIZE, UptakeCode, uptake_fields
 from common.volume.volume import Grid
 
 
@@ -68,8 +68,8 @@ class SlicePainter(nn.Module):
     """The platform's painter: small, group normalisation, and the lesion seen at every resolution.
 
     Group normalisation has no running state and looks at one volume, so the mean of two sites' weights is a painter,
-    and a volume depends on its own latent only. A code begins with the lesion's heat, which the painter learns the
-    meaning of, and the numbers of its waves. In-plane sizes are multiples of 8.
+    and a volume depends on its own latent only. A code begins with the lesion's heat, whose meaning is
+    learnt, and the numbers of its uptake. In-plane sizes are multiples of 8.
     """
 
     def __init__(self, *, shape: Sequence[int], code_size: int, width: int) -> None:
@@ -79,8 +79,8 @@ class SlicePainter(nn.Module):
         self.width = width
         self.slice_codes = SliceCodes(slices=slices, code_size=code_size, widths=(width,) * 6)
         self.stem = nn.Linear(code_size + width, width * self.start[0] * self.start[1])
-        self.waves = UptakeWaves.of(code_size)
-        lesion = 3  # channels: mask, and uptake in it and around it
+        self.uptake = UptakeCode.of(code_size)
+        lesion = 4  # channels: mask, uptake in it and around it, warm spots
         seen = (max(lesion, width // 16), width // 8, width // 8)  # at 1/2, 1/4 and 1/8 in-plane
         self.looks = nn.ModuleList(
             nn.Conv3d(a, b, (4, 4, 3), stride=(2, 2, 1), padding=1) for a, b in itertools.pairwise((lesion, *seen))
@@ -94,11 +94,11 @@ class SlicePainter(nn.Module):
 
     def forward(self, code: Tensor, masks: Tensor) -> Tensor:
         """(N, C), (N, 1, D, H, W) -> (N, 1, D, H, W)."""
-        codes = self.slice_codes(code)  # (N, width, W)
+        codes = F.avg_pool1d(self.slice_codes(code), 3, stride=1, padding=1, count_include_pad=False)  # (N, width, W)
         each = torch.cat([code[:, :, None].expand(-1, -1, codes.shape[2]), codes], dim=1).transpose(1, 2)
         x = self.stem(each).unflatten(2, (self.width, *self.start)).permute(0, 2, 3, 4, 1)  # (N, width, D/8, H/8, W)
-        numbers = code[:, HEAT_SIZE : HEAT_SIZE + self.waves.count]
-        lesion = torch.cat([masks, uptake_fields(numbers, masks, self.waves)], dim=1)
+        numbers = code[:, HEAT_SIZE : HEAT_SIZE + self.uptake.count]
+        lesion = torch.cat([masks, uptake_fields(numbers, masks, self.uptake)], dim=1)
         looked = [lesion]
         for look in self.looks:
             looked.append(F.leaky_relu(look(looked[-1]), 0.2))

@@ -1,11 +1,11 @@
-"""How unevenly a lesion and its surroundings take up the tracer: smooth waves, from a few latent numbers.
+"""How unevenly a lesion and its surroundings take up the tracer, from a few latent numbers.
 
-Products of cosines along the grid's axes, from coarse to fine. A lesion's waves lie in its own box, so they follow it
-wherever it is, and the first of them is radial: it makes the middle colder than the rim, or warmer. The waves of the
-surroundings lie in the grid.
+Waves are products of cosines along the grid's axes, from coarse to fine. A lesion's waves lie in its own box, so they
+follow it wherever it is, and the first of them is radial: it makes the middle colder than the rim, or warmer. The waves
+of the surroundings lie in the grid. Warm spots are balls anywhere in the grid: organs, vessels, bladder.
 
-`uptake_fields` makes fields of numbers; `uptake_numbers` finds the numbers of an image, by least squares. Nothing
-here is trained, and a number has no unit: what its wave is worth in an image, a painter learns.
+`uptake_fields` makes fields of numbers; `wave_numbers` finds the waves of an image, by least squares. Nothing here is
+trained, and a wave's number has no unit: what it is worth in an image, a painter learns.
 """
 
 from __future__ import annotations
@@ -19,48 +19,86 @@ from torch import Tensor
 
 HEAT_SIZE = 2  # numbers of a code before the waves: the lesion's mean and its standard deviation
 
+SPOT_SIZE = 5  # numbers of a warm spot
 _FINEST = 3  # half periods along an axis
 _WAVES = sorted(
     (k for k in itertools.product(range(_FINEST + 1), repeat=3) if any(k)), key=lambda k: (sum(n * n for n in k), k)
 )
 _HALF_BOX = 5**0.5  # of a lesion, in standard deviations along an axis: a ball's radius
 _BEYOND = 1.3  # in half boxes: further out a wave keeps its value
+_MOST_SPOTS = 2
+_SPOT_RADIUS = (0.1, 0.4)  # in half sides of the grid
+_SPOT_EDGE = 0.12  # in half sides: the width over which a spot fades
+_SPOT_HEAT = -2.5  # logarithm of the median share; SUV 1.2 in a window of 15
+_SPOT_FLOOR = 0.03  # a painter sees the logarithm: in shares, warm spots were too quiet to be learnt
 _RIDGE = 0.02  # about a fiftieth of a wave's mean square: few voxels cannot tell fine waves apart
 _DARKEST = 0.01  # of the window: below it, how dark the surroundings are says nothing
 
 
 @dataclass(frozen=True)
-class UptakeWaves:
-    """How many numbers of an image's code are waves: of the lesion, and of what is around it."""
+class UptakeCode:
+    """How many numbers of an image's code are waves of the lesion, and around it, and how many warm spots follow."""
 
     lesion: int
     around: int
+    spots: int
 
     @classmethod
     def of(cls, code_size: int) -> Self:
         """About a quarter and a half of a code, as far as there are waves. code_size: at least 3."""
         free = code_size - HEAT_SIZE
-        return cls(lesion=min(1 + len(_WAVES), max(1, free // 4)), around=min(len(_WAVES), free // 2))
+        return cls(
+            lesion=min(1 + len(_WAVES), max(1, free // 4)),
+            around=min(len(_WAVES), free // 2),
+            spots=min(_MOST_SPOTS, free // (4 * SPOT_SIZE)),
+        )
+
+    @property
+    def waves(self) -> int:
+        """Numbers of all waves."""
+        return self.lesion + self.around
 
     @property
     def count(self) -> int:
-        """Of both together."""
-        return self.lesion + self.around
+        """Numbers of waves and spots together."""
+        return self.waves + SPOT_SIZE * self.spots
 
 
-def uptake_fields(numbers: Tensor, masks: Tensor, waves: UptakeWaves) -> Tensor:
-    """(N, waves.count), (N, 1, D, H, W) in [0, 1] -> (N, 2, D, H, W): inside the lesion, and around it."""
-    inside, around = torch.split(numbers, [waves.lesion, waves.around], dim=1)
-    places, grid = _places_in_lesion(masks), _places_in_grid(masks)
+def uptake_fields(numbers: Tensor, masks: Tensor, code: UptakeCode) -> Tensor:
+    """(N, code.count), (N, 1, D, H, W) in [0, 1] -> (N, 3, D, H, W): waves inside the lesion, around it, warm spots."""
+    inside, around, spots = torch.split(numbers, [code.lesion, code.around, SPOT_SIZE * code.spots], dim=1)
+    places = _places_in_lesion(masks)
     fields = [
         (inside[:, :1, None, None] * _radial(places) + _sum_of_waves(inside[:, 1:], places)) * masks[:, 0],
-        _sum_of_waves(around, grid) * (1 - masks[:, 0]),
+        _sum_of_waves(around, _places_in_grid(masks)) * (1 - masks[:, 0]),
+        (warm_spots(spots, masks)[:, 0] / _SPOT_FLOOR).log1p(),
     ]
     return torch.stack(fields, dim=1)
 
 
-def uptake_numbers(images: Tensor, masks: Tensor, waves: UptakeWaves) -> Tensor:
-    """(N, waves.count): the waves that come nearest to an image, inside its lesion in shares of the mean, else in logs.
+def warm_spots(numbers: Tensor, masks: Tensor) -> Tensor:
+    """(N, SPOT_SIZE * S) standard normal, (N, 1, D, H, W) -> (N, 1, D, H, W) in [0, 1]: balls outside the lesion.
+
+    A spot's numbers are its place, uniform over the grid, its radius, and its uptake as a share of the intensity
+    window, log-normal: a third are hardly warmer than what lies around. Where spots meet, the warmer one counts.
+    """
+    x, y, z = _places_in_grid(masks)
+    warmest = torch.zeros_like(masks[:, 0])
+    for first in range(0, numbers.shape[1], SPOT_SIZE):
+        spot = numbers[:, first : first + SPOT_SIZE]
+        a, b, c = torch.erf(spot[:, :3, None] / 2**0.5).unbind(dim=1)
+        smallest, largest = _SPOT_RADIUS
+        radius = smallest + (largest - smallest) * (1 + torch.erf(spot[:, 3] / 2**0.5)) / 2
+        squares = (x - a).square()[:, :, None, None] + (y - b).square()[:, None, :, None]
+        distance = (squares + (z - c).square()[:, None, None, :] + 1e-6).sqrt()
+        cover = (0.5 + (radius[:, None, None, None] - distance) / _SPOT_EDGE).clamp(0.0, 1.0)
+        heat = (_SPOT_HEAT + spot[:, 4]).exp().clamp(max=1.0)
+        warmest = torch.maximum(warmest, cover * heat[:, None, None, None])
+    return (warmest * (1 - masks[:, 0]))[:, None]
+
+
+def wave_numbers(images: Tensor, masks: Tensor, code: UptakeCode) -> Tensor:
+    """(N, code.waves): the waves that come nearest to an image, inside its lesion in shares of the mean, else in logs.
 
     images: (N, 1, D, H, W) in [0, 1]. masks: the same shape, in [0, 1].
     """
@@ -68,10 +106,10 @@ def uptake_numbers(images: Tensor, masks: Tensor, waves: UptakeWaves) -> Tensor:
     for image, mask in zip(images, masks, strict=True):
         places = _places_in_lesion(mask[None])
         inside, around = mask[0] >= 0.5, mask[0] == 0
-        basis = torch.cat([_radial(places), _each_wave(waves.lesion - 1, places)[0]])
+        basis = torch.cat([_radial(places), _each_wave(code.lesion - 1, places)[0]])
         share = image[0] / image[0][inside].mean().clamp(min=_DARKEST)
         numbers = [_least_squares(basis[:, inside], share[inside])]
-        basis = _each_wave(waves.around, _places_in_grid(mask[None]))[0]
+        basis = _each_wave(code.around, _places_in_grid(mask[None]))[0]
         numbers.append(_least_squares(basis[:, around], (image[0][around] + _DARKEST).log()))
         found.append(torch.cat(numbers))
     return torch.stack(found)

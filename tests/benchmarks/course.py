@@ -1,14 +1,16 @@
 """PET with its critic, its generator and its segmenters watched: with and without privacy, in whole campaigns.
 
-Three hospitals hold the open FDG-PET of soft-tissue sarcomas, each the patients of one voxel size, or as many phantom
-patients where the scans are absent. `consilium simulate` runs the research study `pet-trgan-research`, whose course
-answers exactly, once without noise and once with a patient-level epsilon of 8, from every seed:
+Three hospitals hold the open FDG-PET of soft-tissue sarcomas, each the patients of one voxel size. Those are few, so an
+attack's interval is wide and its control says little: another three hold forty phantom patients each, drawn by the same
+statistics, and they alone are measured where the scans are absent. `consilium simulate` runs the research study
+`pet-trgan-research`, whose course answers exactly, once without noise and once with a patient-level epsilon of 8, from
+every seed:
 
 - `critic_auc_nonprivate`, `critic_auc_eps8`: of each hospital's own critic, members against held-out patients; pooled
   over hospitals by patients. `critic_auc_control_...`: the same score between halves of the members, where there is
   nothing to find. No critic leaves.
 - `generator_auc_...`, `generator_auc_control_...`: near copies and nearest volume from the generator that would leave.
-- `dice`: of a segmenter on held-out real patients; trained on the last round's volumes (`consilium`), on the members of
+- `dice`: of a segmenter on held-out patients; trained on the last round's volumes (`consilium`), on the members of
   all hospitals together (`train-on-real`, which no hospital could do), on phantoms alone (`train-on-phantom`), or on
   volumes of the public start. Equal steps, equal augmentation. `dice_ratio_to_real`: beside `train-on-real`, paired.
 - `course_share`: what the points add to the wall time of the rest of the campaign, audit and utility included.
@@ -51,7 +53,7 @@ from tests.benchmarks.report import OURS, Curve, Row, bootstrap_draws, bounds
 from tests.benchmarks.studies import shipped
 
 STUDY = "pet-trgan-research.yaml"
-SITES, PHANTOM_PATIENTS = 3, 12
+SITES = 3
 EPSILONS = (None, 8.0)
 SEGMENTER_STEPS, VOLUMES = 400, 512
 REAL, PHANTOM, START = PEERS = ("train-on-real", "train-on-phantom", "public start alone")
@@ -59,13 +61,25 @@ REAL, PHANTOM, START = PEERS = ("train-on-real", "train-on-phantom", "public sta
 Dice = NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class Whose:
+    """Patients of the hospitals, in words and as `consilium simulate` takes them."""
+
+    name: str
+    cohorts: Cohorts
+
+
+PHANTOMS = Whose("PET phantoms", Cohorts(folder=None, sites=SITES, phantoms=40))
+FEW_PHANTOMS = Whose("few PET phantoms", Cohorts(folder=None, sites=SITES, phantoms=12))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One campaign. data: folder of PET; None draws phantoms. steps, volumes: of each segmenter."""
+    """One campaign. steps, volumes: of each segmenter."""
 
     study: Study
     seed: int
-    data: Path | None
+    whose: Whose
     folder: Path
     steps: int
     volumes: int
@@ -82,34 +96,37 @@ class Found:
 
 def run(options: Options) -> list[Row]:
     """Run every campaign; rows of one epsilon stand together."""
+    everybody = [FEW_PHANTOMS] if options.quick else [PHANTOMS]
     data = None if options.quick else pet()
-    if data is None:
-        say(f"course: phantoms in place of real PET ({DATA_VARIABLE} names the folder that holds pet/ibsi_sts)")
+    if data is not None:
+        everybody.insert(0, Whose("PET of sarcomas", Cohorts(folder=data, sites=SITES, phantoms=0)))
+    elif not options.quick:
+        say(f"course: phantoms alone, without real PET ({DATA_VARIABLE} names the folder that holds pet/ibsi_sts)")
     study = shipped(STUDY, folder=options.studies, quick=options.quick)
     study = _quick(study) if options.quick else study
+    cases = [(whose, epsilon) for whose in everybody for epsilon in EPSILONS]
     with TemporaryDirectory(prefix="consilium-bench-") as temporary:
         jobs = {
-            (epsilon, seed): Job(
+            (whose, epsilon, seed): Job(
                 study=_at(study, epsilon),
                 seed=seed,
-                data=data,
-                folder=Path(temporary) / f"{epsilon}-{seed}",
+                whose=whose,
+                folder=Path(temporary) / f"{whose.name}-{epsilon}-{seed}",
                 steps=4 if options.quick else SEGMENTER_STEPS,
                 volumes=16 if options.quick else VOLUMES,
             )
-            for epsilon in EPSILONS
+            for whose, epsilon in cases
             for seed in range(options.seeds)
         }
         found = dict(zip(jobs, each(list(jobs.values()), measure, in_one_process=options.quick), strict=True))
-    whose = "PET of sarcomas" if data else "PET phantoms in place of real scans"
     shape = "x".join(map(str, study.grid.shape))
     return [
         row
-        for epsilon in EPSILONS
+        for whose, epsilon in cases
         for row in _rows(
-            f"{whose}, {shape}, {SITES} sites, {'no DP' if epsilon is None else f'epsilon {epsilon:g}'}",
+            f"{whose.name}, {shape}, {SITES} sites, {'no DP' if epsilon is None else f'epsilon {epsilon:g}'}",
             "nonprivate" if epsilon is None else f"eps{epsilon:g}",
-            [found[epsilon, seed] for seed in range(options.seeds)],
+            [found[whose, epsilon, seed] for seed in range(options.seeds)],
         )
     ]
 
@@ -137,10 +154,9 @@ def _at(study: Study, epsilon: float | None) -> Study:
 
 def measure(job: Job) -> Found:
     """Run one campaign and look at it."""
-    cohorts = Cohorts(folder=job.data, sites=SITES, phantoms=PHANTOM_PATIENTS)
-    say(f"course: {job.study.study}, seed {job.seed}")
+    say(f"course: {job.whose.name}, {job.study.study}, seed {job.seed}")
     finished = simulate(
-        job.study, job.folder, cohorts, engine=Engine.LOCAL, seed=job.seed, observer=ignore, now=utc_now
+        job.study, job.folder, job.whose.cohorts, engine=Engine.LOCAL, seed=job.seed, observer=ignore, now=utc_now
     )
     course = read_course(finished)
     if course is None or not course.measured:

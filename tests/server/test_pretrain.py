@@ -11,7 +11,7 @@ from common.generator.transversal import TransversalGenerator
 from common.phantom.draw import public_phantoms
 from common.settings.study import Study
 from common.telemetry.events import ignore
-from server.pretrain import image_codes, normal_scores, phantom_codes, principal_codes, reconstruction_loss, warm_start
+from server.pretrain import image_codes, normal_scores, phantom_lesson, principal_codes, reconstruction_loss, warm_start
 from tests.tiny_studies import tiny_study
 
 
@@ -82,10 +82,10 @@ def reconstruction_of(study: Study) -> float:
     """Loss of the study's warm start on its own phantoms, from their codes and masks."""
     generator = generator_from(study, warm_start(study, 1, ignore).generator)
     assert isinstance(generator, TransversalGenerator)
-    phantoms = public_phantoms(study, 1, study.warm_start.volumes)
-    pairs = torch.from_numpy(phantoms.astype(np.float32))
+    lesson = phantom_lesson(public_phantoms(study, 1, study.warm_start.volumes), study, 1)
+    pairs = torch.from_numpy(lesson.pairs.astype(np.float32))
     with torch.no_grad():
-        images = generator.painter(torch.from_numpy(phantom_codes(phantoms, study)), pairs[:, 1:])
+        images = generator.painter(torch.from_numpy(lesson.codes), pairs[:, 1:])
     return reconstruction_loss(torch.cat([images, pairs[:, 1:]], dim=1), pairs).item()
 
 
