@@ -61,11 +61,10 @@ def warm_start(study: Study, seed: int, observer: Observer, device: str = "cpu")
     game_steps = round(GAME_SHARE * total)
     steps = total - game_steps
     if steps:
-        codes = torch.from_numpy(lesson.codes)
         reconstruct(
             study,
             generator=generator,
-            output=lambda chosen, pairs: _decoded(generator, _blurred(codes[chosen], rng).to(device), pairs[:, 1:]),
+            output=lambda chosen, pairs: _decoded(generator, _blurred(lesson, chosen, rng).to(device), pairs[:, 1:]),
             pairs=lesson.pairs,
             steps=steps,
             learning_rate=DECODER_LEARNING_RATE,
@@ -106,10 +105,15 @@ def principal_codes(phantoms: NDArray[np.floating], size: int) -> NDArray[np.flo
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lesson:
-    """What phase (1) teaches: pairs (n, 1+K, D, H, W), and codes (n, C) of what the generator takes beside a mask."""
+    """What phase (1) teaches: pairs (n, 1+K, D, H, W), and codes (n, C) of what the generator takes beside a mask.
+
+    drawn: numbers of a code that were drawn as latents are. They need no noise, and a warm spot that noise had moved
+    would be painted nowhere.
+    """
 
     pairs: NDArray[np.float16]
     codes: NDArray[np.float32]
+    drawn: slice
 
 
 def phantom_lesson(phantoms: NDArray[np.float16], study: Study, seed: int) -> Lesson:
@@ -119,15 +123,17 @@ def phantom_lesson(phantoms: NDArray[np.float16], study: Study, seed: int) -> Le
     """
     match study.family:
         case Family.WGAN:
-            return Lesson(pairs=phantoms, codes=principal_codes(phantoms, study.training.latent_size))
+            codes = principal_codes(phantoms, study.training.latent_size)
+            return Lesson(pairs=phantoms, codes=codes, drawn=slice(0))
         case Family.TRGAN:
             size = code_size(study.training.latent_size)
             codes = image_codes(phantoms, size)
-            spots = torch.from_numpy(codes[:, _spots(size)])
+            drawn = _spots(size)
+            spots = torch.from_numpy(codes[:, drawn])
             spots.normal_(generator=torch.Generator().manual_seed(seed))
             pairs = torch.from_numpy(phantoms.astype(np.float32))
             pairs[:, :1] = torch.maximum(pairs[:, :1], 2 * warm_spots(spots, pairs[:, 1:]) - 1)
-            return Lesson(pairs=pairs.numpy().astype(np.float16), codes=codes)
+            return Lesson(pairs=pairs.numpy().astype(np.float16), codes=codes, drawn=drawn)
         case _:
             assert_never(study.family)
 
@@ -228,10 +234,12 @@ def reconstruct(
         done(step + 1)
 
 
-def _blurred(codes: Tensor, rng: torch.Generator) -> Tensor:
+def _blurred(lesson: Lesson, chosen: Tensor, rng: torch.Generator) -> Tensor:
     """Codes with noise of their own scale, so that every latent lies near a trained one. They keep unit variance."""
+    codes = torch.from_numpy(lesson.codes)[chosen]
     keep = (1.0 - CODE_NOISE**2) ** 0.5
     blurred: Tensor = keep * codes + CODE_NOISE * torch.randn(codes.shape, generator=rng)
+    blurred[:, lesson.drawn] = codes[:, lesson.drawn]
     return blurred
 
 
