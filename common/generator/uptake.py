@@ -30,7 +30,7 @@ _MOST_SPOTS = 2
 _SPOT_RADIUS = (0.1, 0.4)  # in half sides of the grid
 _SPOT_EDGE = 0.12  # in half sides: the width over which a spot fades
 _SPOT_HEAT = -2.5  # logarithm of the median share; SUV 1.2 in a window of 15
-_SPOT_FLOOR = 0.03  # a painter sees the logarithm: in shares, warm spots were too quiet to be learnt
+_SPOT_LOUDNESS = 4.0  # what a painter sees of a share: a typical warm spot then is as loud as a wave
 _RIDGE = 0.02  # about a fiftieth of a wave's mean square: few voxels cannot tell fine waves apart
 _DARKEST = 0.01  # of the window: below it, how dark the surroundings are says nothing
 
@@ -71,7 +71,7 @@ def uptake_fields(numbers: Tensor, masks: Tensor, code: UptakeCode) -> Tensor:
     fields = [
         (inside[:, :1, None, None] * _radial(places) + _sum_of_waves(inside[:, 1:], places)) * masks[:, 0],
         _sum_of_waves(around, _places_in_grid(masks)) * (1 - masks[:, 0]),
-        (warm_spots(spots, masks)[:, 0] / _SPOT_FLOOR).log1p(),
+        _SPOT_LOUDNESS * warm_spots(spots, masks)[:, 0],
     ]
     return torch.stack(fields, dim=1)
 
