@@ -141,8 +141,11 @@ def _exact(order: CourseOrder, held: Held, found: Sequence[_Segmented]) -> Exact
     study, cohort = held.study, held.cohort
     labels, spacing = len(study.labels), study.grid.spacing_mm
     hd95 = np.array([f.hd95(labels, spacing) for f in found]).reshape(len(found), labels).sum(axis=0)
-    synthetic = sample_pairs(generator_from(study, order.weights), seed=order.seed, first=0, count=order.volumes)
     real = [cohort.scans(patient)[0] for patient in cohort.members]  # one scan of each: patients are independent
+
+    def drawn(count: int) -> NDArray[np.float32]:
+        return sample_pairs(generator_from(study, order.weights), seed=order.seed, first=0, count=count)
+
     halves = held.stream.fork("halves").permutation(len(cohort.members))
     critic = _critic_scores(held)
     generator = _generator_scores(order, held)
@@ -150,7 +153,7 @@ def _exact(order: CourseOrder, held: Held, found: Sequence[_Segmented]) -> Exact
         members=len(cohort.members),
         nonmembers=len(cohort.nonmembers),
         hd95_sum_mm=tuple(map(on_grid, hd95)),
-        fidelity=fidelity_of(study, real, synthetic, encoder=held.encoder),
+        fidelity=fidelity_of(study, real, drawn, most=order.volumes, encoder=held.encoder),
         critic=_attack(cohort.members, cohort.nonmembers, critic),
         critic_control=_control(cohort.members, halves, critic),
         generator=_attack(cohort.members, cohort.nonmembers, generator),

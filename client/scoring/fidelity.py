@@ -21,22 +21,25 @@ _LARGEST: Final = 1e6  # a distance beyond it is as bad as this
 def fidelity_of(
     study: Study,
     real: Sequence[NDArray[np.floating]],
-    synthetic: NDArray[np.floating],
+    draw: Callable[[int], NDArray[np.floating]],
     *,
+    most: int,
     encoder: Callable[[Study], Encoder] = study_encoder,
 ) -> tuple[FidelityAnswer, ...]:
-    """real: pairs (1+K, D, H, W), one of each member; synthetic: (N, 1+K, D, H, W). Every measure in its order.
+    """real: pairs (1+K, D, H, W), one of each member. Every measure in its order.
+
+    draw: that many synthetic pairs (N, 1+K, D, H, W), `most` at most.
 
     Equally many of both, because most distances of finite sets depend on their size. None where these are too few: a
     feature net's distances need more scans than the others.
     """
-    count = min(len(real), len(synthetic))
+    count = min(len(real), most)
     values: dict[FidelityMeasure, float | None] = {}
     if count >= FEWEST_ALIKE:
         values = _flat(
             measure_fidelity(
                 np.stack(real[:count]).astype(np.float32),
-                synthetic[:count],
+                draw(count),
                 encoder=lambda: encoder(study),
                 spacing_mm=study.grid.spacing_mm,
             )

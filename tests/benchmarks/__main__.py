@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds",
         type=int,
         default=int(os.environ.get("CONSILIUM_BENCH_SEEDS", "3")),
-        help="seeds of `utility` (3, or CONSILIUM_BENCH_SEEDS)",
+        help="seeds of `utility` and `course` (3, or CONSILIUM_BENCH_SEEDS)",
     )
     cache = os.environ.get("CONSILIUM_BENCH_CACHE")
     parser.add_argument(
@@ -73,7 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--studies", type=Path, default=STUDIES, help="folder of hippocampus.yaml and its variants")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", help="folder of the JSON files")
     parser.add_argument(
-        "--case", action="append", default=[], help="of `audit` and `utility`: only cases that begin so; repeatable"
+        "--case",
+        action="append",
+        default=[],
+        help="of `audit`, `course` and `utility`: only cases that begin so; repeatable",
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run on phantoms; its numbers mean nothing")
     return parser

@@ -104,29 +104,38 @@ def run(options: Options) -> list[Row]:
         say(f"course: phantoms alone, without real PET ({DATA_VARIABLE} names the folder that holds pet/ibsi_sts)")
     study = shipped(STUDY, folder=options.studies, quick=options.quick)
     study = _quick(study) if options.quick else study
-    cases = [(whose, epsilon) for whose in everybody for epsilon in EPSILONS]
+    shape = "x".join(map(str, study.grid.shape))
+    cases = {
+        f"{whose.name}, {shape}, {SITES} sites, {'no DP' if epsilon is None else f'epsilon {epsilon:g}'}": (
+            whose,
+            epsilon,
+        )
+        for whose in everybody
+        for epsilon in EPSILONS
+    }
     with TemporaryDirectory(prefix="consilium-bench-") as temporary:
         jobs = {
-            (whose, epsilon, seed): Job(
+            (case, seed): Job(
                 study=_at(study, epsilon),
                 seed=seed,
                 whose=whose,
-                folder=Path(temporary) / f"{whose.name}-{epsilon}-{seed}",
+                folder=Path(temporary) / f"{number}-{seed}",
                 steps=4 if options.quick else SEGMENTER_STEPS,
                 volumes=16 if options.quick else VOLUMES,
             )
-            for whose, epsilon in cases
+            for number, (case, (whose, epsilon)) in enumerate(cases.items())
+            if options.wants(case)
             for seed in range(options.seeds)
         }
         found = dict(zip(jobs, each(list(jobs.values()), measure, in_one_process=options.quick), strict=True))
-    shape = "x".join(map(str, study.grid.shape))
     return [
         row
-        for whose, epsilon in cases
+        for case, (_, epsilon) in cases.items()
+        if options.wants(case)
         for row in _rows(
-            f"{whose.name}, {shape}, {SITES} sites, {'no DP' if epsilon is None else f'epsilon {epsilon:g}'}",
+            case,
             "nonprivate" if epsilon is None else f"eps{epsilon:g}",
-            [found[whose, epsilon, seed] for seed in range(options.seeds)],
+            [found[case, seed] for seed in range(options.seeds)],
         )
     ]
 

@@ -15,7 +15,7 @@ PET = Path("pet") / "ibsi_sts"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """seeds: of `utility`. cache: folder where public starts and Dice are kept between runs, None keeps none.
+    """seeds: of `utility` and `course`. cache: folder where public starts and Dice are kept, None keeps none.
 
     quick: a smoke run that measures nothing worth reading. studies: folder of the study files.
     cases: beginnings of the names of cases to measure; all when empty.

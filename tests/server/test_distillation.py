@@ -68,6 +68,17 @@ def test_a_sites_volumes_are_distributed_as_its_own_generator_draws_them():
     assert kstest(cut, "norm").pvalue < 1e-6  # as it came it is not
 
 
+def test_a_mixture_gives_each_generator_the_coin_spread_again():
+    """As the coin came, each generator would draw only from its own piece of the normal law."""
+    mixture = Mixture(STUDY, dict.fromkeys("ab", site(STUDY, 0)), EQUAL)
+    alone, drawn = generator_from(STUDY, site(STUDY, 0)), latents(SEED, 0, 16, mixture.latent_size)
+    own = drawn.clone()
+    own[:, -1] = mixture._toss(drawn)[1]
+    with torch.inference_mode():
+        assert torch.allclose(mixture(drawn), alone(own), atol=1e-5)
+        assert not torch.allclose(mixture(drawn), alone(drawn), atol=1e-2)
+
+
 def test_a_mixture_of_one_site_is_that_sites_generator():
     mixture = Mixture(STUDY, {"a": site(STUDY, 1)}, EQUAL)
     alone = sample_pairs(generator_from(STUDY, site(STUDY, 1)), seed=SEED, first=0, count=8)
