@@ -260,7 +260,8 @@ def _auc(
         return None
     total = sum(n for n, _ in found)
     value = math.fsum(n * a.auc for n, a in found) / total
-    return _interval(value, math.sqrt(math.fsum((n * a.deviation) ** 2 for n, a in found)) / total, confidence)
+    known = _interval(value, math.sqrt(math.fsum((n * a.deviation) ** 2 for n, a in found)) / total, confidence)
+    return replace(known, low=max(known.low, 0.0), high=min(known.high, 1.0))  # no AUC lies beyond
 
 
 def _fidelity(facts: Sequence[ExactCourse]) -> dict[FidelityMeasure, float]:

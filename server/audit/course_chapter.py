@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common.measure.course import pareto_front
+from common.measure.fidelity.distances import FEWEST
 from common.protocol.messages import FidelityMeasure
 from server.audit.course_figures import EXACT_LABEL, points_figure
 from server.audit.document import Block, Cell, Chapter, Drawing, Heading, Mark, Paragraph, Table
@@ -154,9 +155,13 @@ def _row(row: CourseRow, chosen: Chosen, front: set[int], *, critic: bool, dista
 def _fidelity(course: Course) -> Table:
     rows = [row for row in course.rows if row.fidelity]
     measures = [m for m in FidelityMeasure if any(m in row.fidelity for row in rows)]
+    net = (
+        f"Fréchet distance, KID and PRD on {course.feature_net} (weights {course.feature_net_digest[:16]})."
+        if FidelityMeasure.FRECHET in measures
+        else f"Not measured: Fréchet distance, KID and PRD, for which no hospital has the {FEWEST} members needed."
+    )
     return Table(
-        caption="Synthetic scans against each hospital's own members, means weighted by members. Fréchet distance, "
-        f"KID and PRD on {course.feature_net} (weights {course.feature_net_digest[:16]}).",
+        caption=f"Synthetic scans against each hospital's own members, means weighted by members. {net}",
         head=("Measure", *(f"Round {row.round}" for row in rows)),
         rows=tuple(
             (_FIDELITY[m], *(f"{row.fidelity[m]:.4g}" if m in row.fidelity else "–" for row in rows)) for m in measures
