@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -111,12 +112,12 @@ class NotResearch:
             yield Objection.refuse("the plan trains without noise: a research simulation")
         for site, statement in sorted(evidence.statements.items()):
             for cohort, spending in _cohorts(statement):
+                exact = Counter(m.question for m in spending.mechanisms if isinstance(m, ExactAnswer))
+                for question, times in exact.items():
+                    often = f", {times} times" if times > 1 else ""
+                    yield Objection.refuse(f"{site} answered {question!r} about its {cohort} without noise{often}")
                 for mechanism in spending.mechanisms:
-                    if isinstance(mechanism, ExactAnswer):
-                        yield Objection.refuse(
-                            f"{site} answered {mechanism.question!r} about its {cohort} without noise"
-                        )
-                    elif isinstance(mechanism, GaussianRelease) and mechanism.noise_multiplier == 0:
+                    if isinstance(mechanism, GaussianRelease) and mechanism.noise_multiplier == 0:
                         yield Objection.refuse(f"{site} released a sum over its {cohort} without noise")
                     elif isinstance(mechanism, DpSgd) and mechanism.noise_multiplier == 0 and mechanism.steps:
                         yield Objection.refuse(f"{site} trained on its {cohort} without noise")

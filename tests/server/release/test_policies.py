@@ -133,6 +133,18 @@ def test_anything_without_noise_is_research_and_refused(
     assert any("inf" in o.text for o in EpsilonWithin(cap=8.0).objections(changed))
 
 
+def test_exact_answers_to_one_question_are_one_reason_that_counts_them(
+    evidence: ReleaseEvidence, change_site: Change
+) -> None:
+    points = [ExactAnswer(question="course")] * 3
+    changed = change_site(evidence, members=spent(*points, ExactAnswer(question="dice")))
+    reasons = [o.text for o in NotResearch().objections(changed)]
+    assert [reason.partition(" answered ")[2] for reason in reasons] == [
+        "'course' about its members without noise, 3 times",
+        "'dice' about its members without noise",
+    ]
+
+
 @pytest.mark.parametrize("commitment", ["", "not-a-hash", "1" * 64], ids=["none", "malformed", "of site-2"])
 def test_a_holdout_without_its_own_commitment_is_refused(
     evidence: ReleaseEvidence, change_site: Change, commitment: str
