@@ -29,7 +29,7 @@ from common.adversary.optimisers import critic_optimiser, generator_optimiser
 from common.adversary.steps import generator_step
 from common.generator.network import PairGenerator, StudyGenerator, build_generator, weights_of
 from common.generator.transversal import TransversalGenerator, code_size
-from common.generator.uptake import HEAT_SIZE, SPOT_SIZE, UptakeCode, warm_spots, wave_numbers
+from common.generator.uptake import UptakeCode, warm_spots, wave_numbers
 from common.generator.weights import Weights
 from common.phantom.draw import public_phantoms
 from common.settings.study import Family, Study
@@ -128,7 +128,7 @@ def phantom_lesson(phantoms: NDArray[np.float16], study: Study, seed: int) -> Le
         case Family.TRGAN:
             size = code_size(study.training.latent_size)
             codes = image_codes(phantoms, size)
-            drawn = _spots(size)
+            drawn = UptakeCode.of(size).spots_at
             spots = torch.from_numpy(codes[:, drawn])
             spots.normal_(generator=torch.Generator().manual_seed(seed))
             pairs = torch.from_numpy(phantoms.astype(np.float32))
@@ -154,19 +154,13 @@ def image_codes(phantoms: NDArray[np.float16], size: int) -> NDArray[np.float32]
     outside = ((1 - masks) * images).sum(axis=space) / np.maximum((1 - masks).sum(axis=space), 1e-3)
     around = images * (1 - masks) + outside[:, None, None, None] * masks
     shares = torch.from_numpy((images[:, None] + 1) / 2)
-    waves = wave_numbers(shares, torch.from_numpy(masks[:, None]), UptakeCode.of(size)).numpy()
+    uptake = UptakeCode.of(size)
+    waves = wave_numbers(shares, torch.from_numpy(masks[:, None]), uptake).numpy()
     codes = np.zeros((len(phantoms), size), dtype=np.float32)
-    spots = _spots(size)
+    spots = uptake.spots_at
     codes[:, : spots.start] = normal_scores(np.concatenate([np.stack([mean, deviation], axis=1), waves], axis=1))
     codes[:, spots.stop :] = principal_codes(around[:, None], size - spots.stop)
     return codes
-
-
-def _spots(size: int) -> slice:
-    """Where the numbers of warm spots lie in a code of `size`."""
-    code = UptakeCode.of(size)
-    first = HEAT_SIZE + code.waves
-    return slice(first, first + SPOT_SIZE * code.spots)
 
 
 def normal_scores(values: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -63,6 +63,11 @@ class UptakeCode:
         """Numbers of waves and spots together."""
         return self.waves + SPOT_SIZE * self.spots
 
+    @property
+    def spots_at(self) -> slice:
+        """Where in a code the numbers of warm spots lie."""
+        return slice(HEAT_SIZE + self.waves, HEAT_SIZE + self.count)
+
 
 def uptake_fields(numbers: Tensor, masks: Tensor, code: UptakeCode) -> Tensor:
     """(N, code.count), (N, 1, D, H, W) in [0, 1] -> (N, 3, D, H, W): waves inside the lesion, around it, warm spots."""

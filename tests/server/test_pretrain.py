@@ -8,10 +8,19 @@ import torch
 
 from common.generator.network import generator_from
 from common.generator.transversal import TransversalGenerator
+from common.generator.uptake import warm_spots
 from common.phantom.draw import public_phantoms
 from common.settings.study import Study
 from common.telemetry.events import ignore
-from server.pretrain import image_codes, normal_scores, phantom_lesson, principal_codes, reconstruction_loss, warm_start
+from server.pretrain import (
+    _blurred,
+    image_codes,
+    normal_scores,
+    phantom_lesson,
+    principal_codes,
+    reconstruction_loss,
+    warm_start,
+)
 from tests.tiny_studies import tiny_study
 
 
@@ -112,3 +121,19 @@ def test_normal_scores_keep_the_order_and_give_equal_numbers_one_score() -> None
     assert np.argsort(scores[:, 0]).tolist() == [2, 1, 3, 0]
     assert scores[0, 0] == pytest.approx(-scores[2, 0], abs=1e-6)  # however heavy the tail
     assert scores[0, 1] == scores[1, 1] == scores[2, 1] < scores[3, 1]
+
+
+def test_warm_spots_are_painted_where_a_code_says_and_noise_does_not_move_them() -> None:
+    plain = painted(0)
+    study = plain.model_copy(update={"training": plain.training.model_copy(update={"latent_size": 128})})
+    phantoms = public_phantoms(study, 1, 8)
+    lesson = phantom_lesson(phantoms, study, 3)
+    numbers = torch.from_numpy(lesson.codes[:, lesson.drawn])
+    assert numbers.shape == (8, 10)
+    spots = 2 * warm_spots(numbers, torch.from_numpy(phantoms[:, 1:].astype(np.float32))).numpy() - 1
+    assert np.allclose(lesson.pairs[:, :1], np.maximum(phantoms[:, :1], spots), atol=2e-3)
+    assert not np.array_equal(lesson.pairs[:, 0], phantoms[:, 0])
+    assert np.array_equal(lesson.pairs[:, 1], phantoms[:, 1])
+    blurred = _blurred(lesson, torch.arange(8), torch.Generator().manual_seed(0)).numpy()
+    assert np.array_equal(blurred[:, lesson.drawn], lesson.codes[:, lesson.drawn])
+    assert (blurred[:, : lesson.drawn.start] != lesson.codes[:, : lesson.drawn.start]).all()
