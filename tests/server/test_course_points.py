@@ -7,6 +7,7 @@ import pytest
 
 from common.measure.course import CheckpointRule
 from common.protocol.messages import AttackAuc, CourseReply, ExactCourse, FidelityAnswer, FidelityMeasure, LedgerHead
+from server.audit.course_chapter import _fidelity
 from server.course import Asked, Course, chosen_by, pooled, proven_auc, rule_of
 from tests.tiny_studies import tiny_study
 
@@ -112,6 +113,27 @@ def test_aucs_and_fidelity_are_weighted_by_patients_and_distances_by_the_held_ou
     assert row.hd95_mm == (pytest.approx(200 / 160),)
     assert row.fidelity[FidelityMeasure.FRECHET] == pytest.approx((60 * 2 + 180 * 6) / 240)
     assert row.fidelity[FidelityMeasure.KERNEL] == 2.0  # only one site could take it
+
+
+def test_no_interval_of_an_auc_leaves_zero_to_one():
+    sure = replace(FACTS, critic=AttackAuc(auc=1.0, deviation=0.1), critic_control=AttackAuc(auc=0.05, deviation=0.1))
+    row = exact_row(sure, sure)
+    assert row.point.critic_attack.high == 1.0
+    assert row.point.critic_attack.low == pytest.approx(1 - 1.96 * 0.1 / 2**0.5, abs=1e-3)
+    assert row.critic_control.low == 0.0
+    assert row.critic_control.high > 0.1
+
+
+@pytest.mark.parametrize("missing", [(), (FidelityMeasure.FRECHET, FidelityMeasure.KERNEL)])
+def test_the_report_says_which_fidelity_needs_more_members(missing: tuple[FidelityMeasure, ...]):
+    answers = tuple(FidelityAnswer(measure=m, value=None if m in missing else 2.0) for m in FidelityMeasure)
+    facts = replace(FACTS, fidelity=answers)
+    course = Course(
+        exact=True, labels=("a",), feature_net="net", feature_net_digest="d" * 64, rows=(exact_row(facts, facts),)
+    )
+    table = _fidelity(course)
+    assert ("Not measured: Fréchet distance" in table.caption) == bool(missing)
+    assert len(table.rows) == len(FidelityMeasure) - len(missing)
 
 
 def test_too_few_sites_or_patients_are_no_point():
